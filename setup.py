@@ -1,0 +1,19 @@
+"The package's build, all of it read from settings.ini, which nbdev reads too."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import setup, find_packages
+
+here = Path(__file__).parent
+cfg = ConfigParser(delimiters=['=']); cfg.read(here/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+readme = here/'README.md'
+
+setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+      author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0', license_files=['LICENSE'],
+      long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
+      packages=find_packages(include=['medseg_nb', 'medseg_nb.*']), include_package_data=True,
+      package_data={'medseg_nb': ['weights/*/*', 'weights/*']}, python_requires=f">={cfg['min_python']}",
+      install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+      entry_points=dict(console_scripts=cfg['console_scripts'].split('\n'), nbdev=[f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]),
+      classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
+                   'Topic :: Scientific/Engineering :: Image Processing'], zip_safe=False)
