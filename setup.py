@@ -1,4 +1,5 @@
 "The package's build, all of it read from settings.ini, which nbdev reads too."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup, find_packages
@@ -8,9 +9,15 @@ cfg = ConfigParser(delimiters=['=']); cfg.read(here/'settings.ini', encoding='ut
 cfg = cfg['DEFAULT']
 readme = here/'README.md'
 
+def long_description():
+    "README.md with its relative links made absolute: outside the repository they lead nowhere."
+    blob = f"{cfg['git_url']}/blob/{cfg['branch']}/"
+    text = re.sub(r'(!\[[^]]*\]\()(?!\w+:)([^)]+)', rf'\1{blob}\2?raw=true', readme.read_text(encoding='utf-8'))
+    return re.sub(r'(\]\()(?!\w+:|#)', rf'\1{blob}', text)
+
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
       author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0', license_files=['LICENSE'],
-      long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
+      long_description=long_description(), long_description_content_type='text/markdown',
       packages=find_packages(include=['medseg_nb', 'medseg_nb.*']), include_package_data=True,
       package_data={'medseg_nb': ['weights/*/*', 'weights/*']}, python_requires=f">={cfg['min_python']}",
       install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
