@@ -9,7 +9,7 @@ __all__ = ['dice_loss', 'bce_loss', 'DiceBCELoss', 'dice_only', 'DiceCELoss', 'd
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/03_losses.ipynb #c006
+# %% ../nbs/03_losses.ipynb #c007
 def _plain(x): return x if type(x) is Tensor else x.as_subclass(Tensor)
 
 def _maps(logits:Tensor, # (B, P, H, W)
@@ -30,7 +30,7 @@ def _mean(v:Tensor, # Values (B, ...)
     if reduction == 'none': return (v*w).flatten(1).sum(1)/w.flatten(1).sum(1).clamp(min=1)
     return (v*w).sum()/w.sum().clamp(min=1)
 
-# %% ../nbs/03_losses.ipynb #c009
+# %% ../nbs/03_losses.ipynb #c010
 def dice_loss(logits:Tensor, # (B, P, H, W)
               target:Tensor, # Same shape, in [0, 1]; negative where unknown
               smooth:float=1., # s > 0, in pixels
@@ -48,7 +48,7 @@ def _dice(p, t, known, smooth, batch, reduction):
     loss = 1 - (2*(p*t).sum(dims) + smooth)/(p.sum(dims) + t.sum(dims) + smooth)
     return _mean(loss, (known.sum(dims) > 0).float(), reduction)
 
-# %% ../nbs/03_losses.ipynb #c018
+# %% ../nbs/03_losses.ipynb #c019
 def bce_loss(logits:Tensor, # (B, P, H, W)
              target:Tensor, # Same shape, in [0, 1]; negative where unknown
              pos_weight=None, # Weight of positive pixels: a number, or P of them
@@ -59,7 +59,7 @@ def bce_loss(logits:Tensor, # (B, P, H, W)
     if pos_weight is not None: pos_weight = torch.as_tensor(pos_weight, dtype=z.dtype, device=z.device).view(-1, 1, 1)
     return _mean(F.binary_cross_entropy_with_logits(z, t, pos_weight=pos_weight, reduction='none'), known, reduction)
 
-# %% ../nbs/03_losses.ipynb #c021
+# %% ../nbs/03_losses.ipynb #c022
 class DiceBCELoss(nn.Module):
     "`dice` x soft Dice + `bce` x binary cross-entropy, on logits and targets (B, P, H, W)."
     def __init__(self,
@@ -92,12 +92,12 @@ def _check_unit(t):
     hi = _plain(t).max().item() if t.numel() else 0
     if not hi <= 1: raise ValueError(f"targets lie in [0, 1] (negative: unknown), got a maximum of {hi:g}: divide 0/255 masks by 255")
 
-# %% ../nbs/03_losses.ipynb #c030
+# %% ../nbs/03_losses.ipynb #c031
 def dice_only() -> DiceBCELoss: # Loss on logits
     "The loss of published single-channel 'Dice + CE' recipes: Dice alone, smoothing 1e-5."
     return DiceBCELoss(dice=1., bce=0., smooth=1e-5)
 
-# %% ../nbs/03_losses.ipynb #c033
+# %% ../nbs/03_losses.ipynb #c034
 class DiceCELoss(nn.Module):
     "`dice` x soft Dice over classes + `ce` x cross-entropy, on logits (B, C, H, W) and labels (B, H, W)."
     def __init__(self,
@@ -140,7 +140,7 @@ def _labels(logits, labels):
     if labels.is_floating_point(): raise ValueError(f"labels are integers, got {labels.dtype}")
     return _plain(logits).float(), _plain(labels).long().clamp(min=-1)
 
-# %% ../nbs/03_losses.ipynb #c039
+# %% ../nbs/03_losses.ipynb #c040
 def distill_kl(logits:Tensor, # Student's logits (B, P, H, W)
                teacher:Tensor, # Teacher's probabilities, same shape; negative where unknown
                T:float=1., # Temperature, positive
@@ -153,7 +153,7 @@ def distill_kl(logits:Tensor, # Student's logits (B, P, H, W)
     entropy = -torch.xlogy(t, t) - torch.xlogy(1-t, 1-t)
     return T**2*_mean(F.binary_cross_entropy_with_logits(z/T, t, reduction='none') - entropy, known, reduction)
 
-# %% ../nbs/03_losses.ipynb #c042
+# %% ../nbs/03_losses.ipynb #c043
 def distill_bce(logits:Tensor, # Student's logits (B, P, H, W)
                 teacher:Tensor, # Teacher's probabilities, same shape; negative where unknown
                 reduction:str='mean' # 'mean', or 'none' for one value an image
@@ -161,7 +161,7 @@ def distill_bce(logits:Tensor, # Student's logits (B, P, H, W)
     "Cross-entropy of the student's map against the teacher's."
     return bce_loss(logits, teacher, reduction=reduction)
 
-# %% ../nbs/03_losses.ipynb #c045
+# %% ../nbs/03_losses.ipynb #c046
 def distill_soft_dice(logits:Tensor, # Student's logits (B, P, H, W)
                       teacher:Tensor, # Teacher's probabilities, same shape; negative where unknown
                       smooth:float=1., # s > 0, in pixels

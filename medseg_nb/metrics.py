@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 from fastai.learner import Metric
 
-# %% ../nbs/04_metrics.ipynb #c007
+# %% ../nbs/04_metrics.ipynb #c008
 def _bool_pair(pred, # Predicted masks, bool, tensor or array (..., H, W)
                truth # True masks, same shape
               ) -> tuple[Tensor, Tensor]: # Plain bool tensors
@@ -43,7 +43,7 @@ def iou(pred, # Predicted masks, bool (..., H, W)
     p, t = _bool_pair(pred, truth)
     return _ratio((p & t).sum((-2, -1)), (p | t).sum((-2, -1)))
 
-# %% ../nbs/04_metrics.ipynb #c012
+# %% ../nbs/04_metrics.ipynb #c013
 @dataclass
 class ConfusionCounts:
     "Pixel counts summed over all that was added."
@@ -69,12 +69,12 @@ class ConfusionCounts:
     @property
     def iou(self): return self.tp/(self.tp + self.fp + self.fn) if self.tp + self.fp + self.fn else 1.
 
-# %% ../nbs/04_metrics.ipynb #c018
+# %% ../nbs/04_metrics.ipynb #c019
 def iou_to_dice(j):
     "Dice that belongs to the IoU `j` of one set of counts."
     return 2*j/(1+j)
 
-# %% ../nbs/04_metrics.ipynb #c025
+# %% ../nbs/04_metrics.ipynb #c026
 def _plane(pred, truth, spacing):
     p, t = _bool_pair(pred, truth)
     if p.ndim != 2: raise ValueError(f"expected masks of one image (H, W), got {tuple(p.shape)}")
@@ -109,7 +109,7 @@ def hd95(pred, # Predicted mask, bool (H, W)
     if not (p.any() and t.any()): return 0. if p.any() == t.any() else math.hypot(p.shape[0]*sp[0], p.shape[1]*sp[1])
     return _monai('compute_hausdorff_distance', p[None, None], t[None, None], percentile=95, spacing=sp)
 
-# %% ../nbs/04_metrics.ipynb #c033
+# %% ../nbs/04_metrics.ipynb #c034
 def score_masks(preds, # Predicted masks: bool (N, H, W), or a list of (H, W)
                 truths, # True masks, of the same sizes
                 spacing=None, # (row, column) in mm, for all or a list of one for each image; None: pixels
@@ -152,7 +152,7 @@ def _spacings(spacing, n):
         raise ValueError(f"expected one (row, column) spacing, or one for each of {n} images, got {spacing}")
     return list(spacing)
 
-# %% ../nbs/04_metrics.ipynb #c039
+# %% ../nbs/04_metrics.ipynb #c040
 class _MaskMetric(Metric):
     def __init__(self,
                  thresh:float=.5 # Probability above which a pixel is marked
@@ -190,7 +190,7 @@ class MeanDice(_MaskMetric):
     @property
     def value(self): return torch.cat(self.maps).mean().item() if sum(map(len, self.maps)) else None
 
-# %% ../nbs/04_metrics.ipynb #c046
+# %% ../nbs/04_metrics.ipynb #c047
 def presence_auc(scores, # N scores, higher: more likely present
                  present # N bools
                 ) -> float: # In [0, 1]; .5 is chance
@@ -203,7 +203,7 @@ def presence_auc(scores, # N scores, higher: more likely present
     pos, neg = s[y], np.sort(s[~y])
     return float((np.searchsorted(neg, pos, 'left') + np.searchsorted(neg, pos, 'right')).mean()/(2*len(neg)))
 
-# %% ../nbs/04_metrics.ipynb #c049
+# %% ../nbs/04_metrics.ipynb #c050
 def bootstrap_ci(values, # N scores
                  groups=None, # N patients, slides or scenes; None: every value is its own
                  n:int=1000, # Resamples

@@ -11,7 +11,7 @@ import pywt, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .core import unknown
 
-# %% ../nbs/10_wavelets.ipynb #c006
+# %% ../nbs/10_wavelets.ipynb #c007
 def filter_bank(wavelet:str # Any of `pywt.wavelist(kind='discrete')`, such as 'haar', 'db2', 'bior2.4'
                ) -> Tensor: # (4, L), float64: dec_lo, dec_hi, rec_lo, rec_hi
     "The four filters of a discrete wavelet."
@@ -21,7 +21,7 @@ def filter_bank(wavelet:str # Any of `pywt.wavelist(kind='discrete')`, such as '
 
 def _like(wavelet, x): return filter_bank(wavelet).to(x.dtype).to(x.device)
 
-# %% ../nbs/10_wavelets.ipynb #c010
+# %% ../nbs/10_wavelets.ipynb #c011
 MODES = tuple(pywt.Modes.modes)
 
 def _extension(i:Tensor, n:int, mode:str):
@@ -60,7 +60,7 @@ def _extend(x:Tensor, dim:int, start:int, length:int, mode:str) -> Tensor:
     if right: parts.append(_outside(x, dim, i[length-right:], mode))
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
-# %% ../nbs/10_wavelets.ipynb #c015
+# %% ../nbs/10_wavelets.ipynb #c016
 def _conv(z, w, dim): return F.conv2d(z.contiguous(memory_format=torch.channels_last), w[..., None] if dim == -2 else w[:, :, None])
 
 def _analyse(x:Tensor, f:Tensor, dim:int, mode:str) -> Tensor:
@@ -96,7 +96,7 @@ def dwt2(x:Tensor, # (B, C, H, W), floating point
     _check(x, mode)
     return _dwt2(x, _like(wavelet, x), mode)
 
-# %% ../nbs/10_wavelets.ipynb #c024
+# %% ../nbs/10_wavelets.ipynb #c025
 def _synthesise(y:Tensor, f:Tensor, dim:int, mode:str) -> Tensor:
     "Merge the k parts of `y` (N, k, h, w) along `dim` with the filters `f` (k, L): (N, ...)."
     n, (k, L) = y.shape[dim], f.shape
@@ -130,7 +130,7 @@ def idwt2(cA:Tensor, # Approximation (B, C, h, w)
         raise ValueError(f"expected details {(*cA.shape[:2], 3, *cA.shape[2:])} for cA {tuple(cA.shape)}, got {tuple(details.shape)}")
     return _idwt2(cA, details, _like(wavelet, cA), mode, size)
 
-# %% ../nbs/10_wavelets.ipynb #c030
+# %% ../nbs/10_wavelets.ipynb #c031
 def _wavedec2(x, bank, mode, level):
     details = []
     for _ in range(level):
@@ -145,7 +145,7 @@ def _waverec2(cA, details, bank, mode, size=None):
 def _check_level(level):
     if not isinstance(level, int) or level < 1: raise ValueError(f"level must be an integer of at least 1, got {level!r}")
 
-# %% ../nbs/10_wavelets.ipynb #c031
+# %% ../nbs/10_wavelets.ipynb #c032
 def wavedec2(x:Tensor, # (B, C, H, W), floating point
              wavelet:str='haar', # Any discrete wavelet of PyWavelets
              mode:str='symmetric', # One of `MODES`
@@ -165,7 +165,7 @@ def waverec2(cA:Tensor, # Approximation of the deepest level
     _check(cA, mode)
     return _waverec2(cA, details, _like(wavelet, cA), mode, size)
 
-# %% ../nbs/10_wavelets.ipynb #c033
+# %% ../nbs/10_wavelets.ipynb #c034
 class _Wavelet(nn.Module):
     def __init__(self, wavelet='haar', mode='symmetric'):
         super().__init__()
@@ -195,7 +195,7 @@ class IDWT2(_Wavelet):
         _check(cA, self.mode)
         return _waverec2(cA, details, self.filters(cA), self.mode, size)
 
-# %% ../nbs/10_wavelets.ipynb #c039
+# %% ../nbs/10_wavelets.ipynb #c040
 _weights = (19595/65536, 38470/65536, 7471/65536)
 
 def _snap(y, fn): return y + (fn(y)-y).detach()
@@ -213,7 +213,7 @@ def _minmax(x):
     lo, hi = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
     return (x-lo)/torch.where(hi > lo, hi-lo, 1)*255
 
-# %% ../nbs/10_wavelets.ipynb #c040
+# %% ../nbs/10_wavelets.ipynb #c041
 def published_bands(x:Tensor, # (B, 3, H, W) in [0, 1]
                     wavelet:str='haar', # Any discrete wavelet of PyWavelets
                     mode:str='symmetric', # One of `MODES`
@@ -226,7 +226,7 @@ def published_bands(x:Tensor, # (B, 3, H, W) in [0, 1]
     out = _minmax(cA), _minmax(_minmax(d).sum(2))
     return tuple((_snap(o, torch.trunc) if quantize else o).to(x.dtype) for o in out)
 
-# %% ../nbs/10_wavelets.ipynb #c041
+# %% ../nbs/10_wavelets.ipynb #c042
 VARIANTS = ('seed', 'bands', 'published')
 
 class FrequencySplit(_Wavelet):

@@ -9,7 +9,8 @@ from medseg_nb.clip.biomedclip import ClipEncoder, TextFeatures, load_encoder, r
 tiny = Path(medseg_nb.__file__).parent/'weights/tiny_clip'
 shared = Path(__file__).resolve().parents[2]/'shared/weights/tokenizers_and_configs'
 texts = ['left lung', 'bilateral pulmonary infection, two infected areas, upper left lung.', 'optic disc']
-sizes = dict(vit=dict(depth=1, embed_dim=32, num_heads=2), bert=dict(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=48))
+sizes = dict(vit=dict(depth=1, embed_dim=32, num_heads=2),
+             bert=dict(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=48))
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
@@ -34,7 +35,7 @@ def released(tmp_path):
     return folder, source
 
 def write(folder, state):
-    vision = dict(timm_model_name='vit_base_patch16_224', timm_model_pretrained=False, timm_pool='', timm_proj='linear', image_size=224, vit=sizes['vit'])
+    vision = dict(timm_model_name='vit_base_patch16_224', timm_pool='', timm_proj='linear', image_size=224, vit=sizes['vit'])
     text = dict(hf_model_name='nobody/nothing', hf_tokenizer_name='nobody/nothing', hf_proj_type='mlp',
                 hf_pooler_type='cls_last_hidden_state_pooler', context_length=64, bert=sizes['bert'])
     stats = {k: tiny_config()[k] for k in ('mean', 'std')}
@@ -63,6 +64,26 @@ def test_missing_and_extra_key(released):
     with pytest.raises(ValueError, match='1 missing: visual.trunk.norm.weight'): load_encoder(folder)
     write(folder, {**state, 'text.transformer.pooler.dense.bias': torch.zeros(32)})
     with pytest.raises(ValueError, match='1 unexpected: text.transformer.pooler.dense.bias'): load_encoder(folder)
+    write(folder, {**state, 'visual.head.proj.weight': torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match=r'visual.head.proj.weight \(3, 4\) for \(24, 32\)'): load_encoder(folder)
+
+def test_lacking_files_and_other_models(released):
+    folder, path = released[0], released[0]/'open_clip_config.json'
+    torch.save([torch.zeros(1)], folder/'open_clip_pytorch_model.bin')
+    with pytest.raises(ValueError, match='no dict of tensors'): load_encoder(folder)
+    (folder/'open_clip_pytorch_model.bin').unlink()
+    with pytest.raises(FileNotFoundError, match='no weights in'): load_encoder(folder)
+    assert load_encoder(folder, pretrained=False).dim == 24
+    cfg = json.loads(path.read_text())
+    cfg['model_cfg']['vision_cfg']['timm_model_name'] = 'resnet50'; path.write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match='resnet50'): load_encoder(folder)
+    path.write_text('{}')
+    with pytest.raises(ValueError, match="lacks 'model_cfg'"): load_encoder(folder)
+    path.write_text(json.dumps(dict(cfg, model_cfg=dict(cfg['model_cfg'], text_cfg={}))))
+    with pytest.raises(ValueError, match='lacks'): load_encoder(folder)
+    cfg['model_cfg']['vision_cfg']['timm_model_name'] = 'vit_base_patch16_224'; path.write_text(json.dumps(cfg))
+    (folder/'vocab.txt').unlink()
+    with pytest.raises(FileNotFoundError, match='no tokenizer in'): load_encoder(folder)
 
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 @pytest.mark.parametrize('content', [b'', b'garbage', pickle.dumps(dict(a=1)), pickle.dumps(os.getcwd)])
@@ -75,10 +96,10 @@ def test_parity_with_open_clip(released, tmp_path):
     import open_clip
     folder, source = released
     bert = tmp_path/'bert'
-    source.text.config.save_pretrained(bert); shutil.copy(tiny/'vocab.txt', bert)
+    source.text.transformer.save_pretrained(bert); shutil.copy(tiny/'vocab.txt', bert)
     (bert/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='BertTokenizer', do_lower_case=True)))
     cfg = json.loads((folder/'open_clip_config.json').read_text())['model_cfg']
-    cfg['text_cfg'].update(hf_model_name=str(bert), hf_tokenizer_name=str(bert), hf_model_pretrained=False); del cfg['text_cfg']['bert']
+    cfg['text_cfg'].update(hf_model_name=str(bert), hf_tokenizer_name=str(bert)); del cfg['text_cfg']['bert']
     cfg['vision_cfg'].update(timm_model_name='test_vit'); del cfg['vision_cfg']['vit']
     name = f'parity-{tmp_path.name}'
     (tmp_path/'cfg').mkdir(); (tmp_path/f'cfg/{name}.json').write_text(json.dumps(cfg))
@@ -124,7 +145,8 @@ def test_padding_and_batching(enc):
     many = enc.encode_text(texts, cache=False)
     for i,t in enumerate(texts):
         one = enc.encode_text([t], cache=False)
-        assert torch.allclose(one.tokens[0], many.tokens[i][many.mask[i]], atol=1e-5) and torch.allclose(one.pooled[0], many.pooled[i], atol=1e-5)
+        assert torch.allclose(one.tokens[0], many.tokens[i][many.mask[i]], atol=1e-5)
+        assert torch.allclose(one.pooled[0], many.pooled[i], atol=1e-5)
     assert torch.allclose(enc.encode_text(texts).pooled, many.pooled, atol=1e-5)
 
 def test_wider_padding_changes_nothing(enc):
@@ -132,13 +154,15 @@ def test_wider_padding_changes_nothing(enc):
     wide = enc.forward_text(*(torch.nn.functional.pad(o, (0, 30)) for o in (ids, mask)))
     assert torch.allclose(wide.tokens[:, :ids.shape[1]], enc.forward_text(ids, mask).tokens, atol=1e-5)
 
-def test_cache_follows_training(enc):
+@pytest.mark.parametrize('kwargs', [dict(), dict(foreach=True), dict(fused=True)])
+def test_cache_follows_training(enc, kwargs):
     before = enc.encode_text(texts)
     enc.train()
-    opt = torch.optim.SGD(enc.parameters(), lr=1.)
+    opt = torch.optim.AdamW(enc.parameters(), lr=.1, **kwargs)
     enc.encode_text(texts).tokens.pow(2)[..., 0].sum().backward(); opt.step(); enc.eval()
     after = enc.encode_text(texts)
-    assert not torch.allclose(before.pooled, after.pooled) and torch.allclose(after.pooled, enc.encode_text(texts, cache=False).pooled, atol=1e-5)
+    assert not torch.allclose(before.pooled, after.pooled)
+    assert torch.allclose(after.pooled, enc.encode_text(texts, cache=False).pooled, atol=1e-5)
 
 def test_encoder_is_picklable(enc):
     enc.encode_text(texts)

@@ -61,17 +61,18 @@ class FFBI(nn.Module):
     "Bidirectional cross-attention of two maps (B, C, H, W); FMISeg eq. 1-2."
     def __init__(self, c:int, # Channels of both maps
                  heads:int=4, # Attention heads
-                 variant:str='seed' # 'seed' and 'paper' normalise, 'published' does not
+                 variant:str='seed', # 'seed' and 'paper' normalise, 'published' does not
+                 branches=('lf', 'hf') # Which maps are updated; the other passes as it is
                 ):
         super().__init__()
         norm = nn.Identity if check_variant(variant) == 'published' else lambda: nn.LayerNorm(c)
-        self.to_lf, self.to_hf = (nn.MultiheadAttention(c, heads, batch_first=True) for _ in range(2))
-        self.norm_lf, self.norm_hf = norm(), norm()
+        self.mha = nn.ModuleDict({n: nn.MultiheadAttention(c, heads, batch_first=True) for n in branches})
+        self.norm = nn.ModuleDict({n: norm() for n in branches})
 
+    def _update(self, n, x, a, b): return to_map(self.norm[n](a + attend(self.mha[n], a, b, b)), x.shape[-2:]) if n in self.mha else x
     def forward(self, lf:Tensor, hf:Tensor) -> tuple[Tensor, Tensor]:
         a, b = to_rows(lf), to_rows(hf)
-        a, b = self.norm_lf(a + attend(self.to_lf, a, b, b)), self.norm_hf(b + attend(self.to_hf, b, a, a))
-        return to_map(a, lf.shape[-2:]), to_map(b, hf.shape[-2:])
+        return self._update('lf', lf, a, b), self._update('hf', hf, b, a)
 
 # %% ../../nbs/20_fmiseg.ffbi_lffi.ipynb #c019
 def word_scores(x:Tensor, # Rows (B, N, C)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import timm, torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from ..core import unknown, save_model_folder, load_model_folder, load_checked
+from ..core import unknown, load_checked
 from ..wavelets import FrequencySplit
 from .ffbi_lffi import TextAdapter, FFBI, make_lffi, check_variant
 
@@ -133,8 +133,8 @@ class FMISeg(nn.Module):
         dims = self.enc_lf.feature_info.channels()[-4:]
         strides = [r*(2 if split == 'bands' else 1) for r in self.enc_lf.feature_info.reduction()[-4:]]
         if strides != [4, 8, 16, 32]: raise ValueError(f"backbone '{backbone}' has features at strides {strides}, needed are 4, 8, 16, 32")
-        self.adapter, self.ffbi = TextAdapter(d_text, d, adapter_layers, heads), FFBI(dims[3], heads, ffbi or variant)
         names = [n for n in ('lf', 'hf') if fusion in (n, 'mean', 'conv')]
+        self.adapter, self.ffbi = TextAdapter(d_text, d, adapter_layers, heads), FFBI(dims[3], heads, ffbi or variant, names)
         out = tuple(decoder or dims[:3])
         self.branches = nn.ModuleDict({n: Branch(dims, out, d, variant, heads, max_tokens) for n in names})
         self.heads = nn.ModuleDict({n: SubpixelHead(out[0], hidden, blur) for n in names})
@@ -196,7 +196,16 @@ def forward(self:FMISeg, x:Tensor, # Images (B, 3, H, W) in [0, 1]
     return self.decode(self.encode(x), tokens, mask, prior)
 
 # %% ../../nbs/21_fmiseg.model.ipynb #c023
-TINY = dict(d_text=128, d=96, decoder=(32, 48, 96), hidden=8, backbone='convnext_atto',
-            backbone_kw=dict(depths=(2, 2, 2, 2), dims=(32, 64, 128, 192), conv_mlp=True))
+TINY = dict(d_text=128, d=96, decoder=(24, 48, 96), hidden=8, backbone='resnet10t', backbone_kw=dict(channels=(32, 64, 128, 192), stem_width=16))
 FULL = dict(d_text=768, d=256, backbone='convnext_tiny')
 PUBLISHED = dict(d_text=768, d=768, backbone='convnext_tiny', split='published', norm='channel', variant='published', blur=True, fusion='lf', presence=False)
+
+# %% ../../nbs/21_fmiseg.model.ipynb #c036
+@patch
+def one_branch(self:FMISeg, name:str='lf' # 'lf' or 'hf'
+              ) -> FMISeg: # A smaller network in `eval()`, without presence head
+    "The network whose mask is that of one branch."
+    if name not in self.branches: raise unknown('branch', name, self.branches)
+    net = FMISeg(**{**self.args, 'fusion': name, 'presence': False})
+    keep = net.state_dict().keys()
+    return load_checked(net, {k: v for k,v in self.state_dict().items() if k in keep}, 'branch').eval()
