@@ -238,13 +238,15 @@ def read_indexes(paths, # CSV files
                 ):
     "Several indexes as one; the column `pack` says which it was."
     import pandas as pd
-    from medseg_nb.data import read_index
+    from medseg_nb.data import read_index, split_groups
+    from medseg_nb.evaluation.report import check_index
     if not paths and not packs: raise ValueError("nothing to train on: give --index CSV, or --packs")
     dfs = [read_index(p).assign(pack=Path(p).resolve().parent.name) for p in paths]
     if packs:
         from medseg_nb.fmiseg.learner import packs_index
         dfs.append(packs_index())
-    return pd.concat(dfs, ignore_index=True)
+    for df in dfs: check_index(df)
+    return pd.concat([df.assign(split=split_groups(df)) if set(df['split']) == {''} else df for df in dfs], ignore_index=True)
 
 # %% ../nbs/82_cli.ipynb #c047
 @train.command('fmiseg', epilog=_example('medseg train fmiseg --index data/index.csv --out model --stage 256,2000,1.5e-3'))

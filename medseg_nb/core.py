@@ -114,6 +114,7 @@ def prompts_per_image(prompts, # One prompt, a list of prompts, or a list of lis
     if not len(prompts): raise ValueError("no prompt: give at least one, e.g. 'left lung'")
     nested = [not isinstance(p, str) for p in prompts]
     if any(nested) and (not all(nested) or len(prompts) != n): raise ValueError(f"lists of prompts must be one per image: {len(prompts)} for {n} images")
+    if all(nested) and not all(len(ps) for ps in prompts): raise ValueError("an image has no prompt: give each at least one")
     return [[check_prompt(p) for p in ps] for ps in (prompts if all(nested) else [prompts]*n)]
 
 # %% ../nbs/00_core.ipynb #c026
@@ -197,6 +198,7 @@ def best_device(name:str|None=None # 'cpu', 'cuda', 'cuda:1', 'mps'; None takes 
                ) -> torch.device:
     "The device to compute on."
     if name is None: name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if str(name).split(':')[0] not in ('cpu', 'cuda', 'mps'): raise unknown('device', name, ('cpu', 'cuda', 'mps'))
     if str(name).startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f"device '{name}' asked for, but torch sees no CUDA GPU")
     return torch.device(name)
 

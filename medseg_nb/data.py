@@ -82,6 +82,7 @@ def split_groups(df:pd.DataFrame, # With a column `group`
 
 # %% ../nbs/02_data.ipynb #c023
 def _dihedral(r, rng): return rng.randrange(8) if r in FREE else rng.randrange(2)
+def _turnable(m): return m['realm'] if all(mirror_prompt(t) == t for t,_ in m['rows']) else 'sided'
 
 def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   n:int|None=None, # Training episodes; None: one per image
@@ -107,7 +108,7 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
     return pd.DataFrame(rows)
 
 def _episode(m, absent, prompts, negatives, words, flips, rng):
-    todo, out, k = [], [], _dihedral(m['realm'], rng) if flips else 0
+    todo, out, k = [], [], _dihedral(_turnable(m), rng) if flips else 0
     for j in range(prompts):
         if j and absent and rng.random() < negatives: out.append((rng.choice(ABSENT if rng.random() < .2 else absent), '')); continue
         todo = todo or rng.sample(m['rows'], len(m['rows']))

@@ -297,7 +297,7 @@ def read_image(path, # Image file
 
 # %% ../nbs/01_io.ipynb #c050
 def _is_image(path:Path) -> bool:
-    return path.is_file() and not path.name.startswith('.') and (_suffix(path) in FORMATS or (not path.suffix and _has_magic(path)))
+    return path.is_file() and not path.name.startswith('.') and (_suffix(path) in FORMATS or _has_magic(path))
 
 def find_images(paths # A file or folder, or a list of them
                ) -> list[Path]: # Files, without repeats, in the order given

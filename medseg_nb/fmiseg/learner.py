@@ -24,7 +24,7 @@ from ..core import atomic_write, best_device, load_checked, load_model_folder, s
 from ..data import get_pack, make_episodes, prompt_dls, read_index, split_groups
 from ..losses import DiceBCELoss
 from ..metrics import MeanDice
-from ..clip.biomedclip import load_encoder
+from ..clip.biomedclip import ClipEncoder, load_encoder
 from .model import FMISeg, FMISegOutput, TINY
 from ..training.callbacks import AuxOutputs, EMACallback, ResumeCallback
 
@@ -33,6 +33,7 @@ class PromptedFMISeg(nn.Module):
     "FMISeg with its text encoder: images (B, 3, H, W) and token ids (B, P, L) to `FMISegOutput`."
     def __init__(self, net:FMISeg, encoder, train_text:bool=False):
         super().__init__()
+        if not isinstance(encoder, ClipEncoder): raise ValueError(f"FMISeg reads the words of a ClipEncoder ('tiny', BiomedCLIP or a folder of one), got {type(encoder).__name__}")
         if net.adapter.proj.in_features != encoder.text_dim:
             raise ValueError(f"the network reads text features of width {net.adapter.proj.in_features}, the encoder gives {encoder.text_dim}: FMISeg(d_text={encoder.text_dim})")
         self.net, self.encoder, self.train_text = net, encoder, train_text
@@ -91,6 +92,8 @@ def from_pretrained(cls:PromptedFMISeg, folder, # From `save_pretrained`
     if config.get('cls') != 'FMISeg': raise ValueError(f"'{folder}' holds a {config.get('cls')}, not an FMISeg")
     e = config['encoder']; own = e['text'] == 'own'
     encoder = encoder or load_encoder(e['name'], pretrained=not own, revision=e['revision'])
+    other = [k for k in state if not k.startswith(('net.', 'text.') if own else 'net.')]
+    if other: raise ValueError(f"'{folder}' holds {len(other)} unexpected key(s): {', '.join(other[:4])}")
     part = lambda n: {k[len(n):]: v for k,v in state.items() if k.startswith(n)}
     self = cls(load_checked(FMISeg(**config['args']), part('net.'), f"'{folder}'"), encoder)
     if own: load_checked(encoder.text, part('text.'), f"'{folder}', text tower")
@@ -160,11 +163,14 @@ class Stage(NamedTuple):
     weights: dict = {}     # Shares of packs that differ in this stage
 
 def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, resume, progress, device):
-    epochs, weights = max(1, round(s.episodes/s.per_epoch)), {**(weights or {}), **s.weights} or None
+    epochs, weights, bs = max(1, round(s.episodes/s.per_epoch)), {**weights, **s.weights} if weights else None, s.bs or bs
+    n = round(s.episodes/epochs)
+    if n < bs: raise ValueError(f"stage {k+1} has {n} episodes an epoch, fewer than one batch of {bs}")
     with seeded(seed + k):
-        episodes = make_episodes(df, min(s.episodes, s.per_epoch), weights=weights, seed=seed + k)
-        dls = prompt_dls(episodes, encoder, size=s.size, bs=s.bs or bs, max_tokens=net.max_tokens, device=device)
-        cbs = [_Tell(progress, k+1), *([ResumeCallback(out/f'stage{k+1}.resume')] if resume else [])]
+        episodes = make_episodes(df, n, weights=weights, seed=seed + k)
+        tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, net.args)).encode()).hexdigest()
+        dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, device=device)
+        cbs = [_Tell(progress, k+1), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume else [])]
         learn = fmiseg_learner(dls, net, encoder, train_text, ema=.998, lr=s.lr, wd=.02, cbs=cbs)
         if device.type == 'cuda': learn.to_bf16()
         else: learn.model.to(memory_format=torch.channels_last)
@@ -172,7 +178,7 @@ def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, resume, p
     return learn
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c032
-TINY_STAGES = (Stage(192, 3200, 2e-3), Stage(352, 3000, 1e-3, bs=4, per_epoch=1000, weights=dict(fundus=.36, nuclei=.18)))
+TINY_STAGES = (Stage(192, 3600, 2e-3, per_epoch=1200), Stage(256, 8800, 1.5e-3, per_epoch=2200))
 
 def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a fifth of the groups is held out
                  out, # Model folder to write; made if missing
@@ -189,9 +195,8 @@ def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a f
                 ) -> PromptedFMISeg: # The trained model, in `eval()`
     "Train in stages and write a model folder."
     out, device = Path(out), best_device(device)
-    if 'val' not in set(df['split']):
-        train = df[df['split'] == 'train'] if 'train' in set(df['split']) else df
-        df = train.assign(split=split_groups(train))
+    if Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
+    df = _with_val(df)
     enc = load_encoder(encoder)
     with seeded(seed): net = FMISeg(**(net_args or {**TINY, 'd_text': enc.text_dim}))
     out.mkdir(parents=True, exist_ok=True)
@@ -206,11 +211,18 @@ def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a f
     _forget(out)
     return model
 
+def _with_val(df):
+    "Rows of 'train' and 'val'; a fifth of the groups is held out where nobody said which."
+    splits = set(df['split'])
+    if 'train' not in splits and splits != {''}: raise ValueError(f"no row has split 'train'; splits are {', '.join(sorted(map(repr, splits)))}")
+    rows = df[df['split'].isin(['train', 'val'])] if 'train' in splits else df
+    return rows if 'val' in splits else rows.assign(split=split_groups(rows))
+
 def _forget(out):
     for f in out.glob('stage*.resume'): f.unlink()
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c038
-PACKS = dict(cxr_lungs=.24, fundus=.26, nuclei=.16, histo_lymph_node=.15, breast_ultrasound=.07, dermoscopy=.03, endoscopy=.05, mr_slices=.04)
+PACKS = dict(cxr_lungs=.26, fundus=.28, nuclei=.15, histo_lymph_node=.13, breast_ultrasound=.06, dermoscopy=.03, endoscopy=.05, mr_slices=.04)
 
 def packs_index(packs=tuple(PACKS) # Names for `get_pack`
                ) -> pd.DataFrame: # With a column `pack`

@@ -64,17 +64,19 @@ def spread(x:Tensor, n:int) -> Tensor:
     "Repeat the images of a batch so that there are `n` rows, prompts of one image next to each other."
     return x if len(x) == n else x.repeat_interleave(n//len(x), 0)
 
+_NORMS = dict(batch='BATCH', group=('GROUP', dict(num_groups=8)))
+
 class Branch(nn.Module):
     "One decoder: four encoder maps (strides 4 to 32) and the words to features at stride 4."
     def __init__(self, dims, # Channels of the four maps, stride 4 first
                  out, # Channels of the decoder at strides 4, 8, 16
-                 d:int, variant:str, heads:int, max_tokens:int):
+                 d:int, variant:str, heads:int, max_tokens:int, norm:str='batch'):
         super().__init__()
         from monai.networks.blocks import UnetrUpBlock
         ins, outs, skips = (dims[3], *out[:0:-1]), out[::-1], dims[2::-1]
         # UnetrUpBlock wants its skip as wide as its output: a 1x1 convolution where they differ
         self.skips = nn.ModuleList(nn.Identity() if s == o else nn.Conv2d(s, o, 1) for s,o in zip(skips, outs))
-        self.ups = nn.ModuleList(UnetrUpBlock(2, i, o, 3, 2, norm_name='BATCH', res_block=False) for i,o in zip(ins, outs))
+        self.ups = nn.ModuleList(UnetrUpBlock(2, i, o, 3, 2, norm_name=_NORMS[norm], res_block=False) for i,o in zip(ins, outs))
         self.after = variant == 'seed'
         self.lffi = nn.ModuleList(make_lffi(variant, c, d, max_tokens, heads, slots=max(1, max_tokens*k//24))
                                   for c,k in zip(outs if self.after else ins, (24, 12, 9)))
@@ -117,6 +119,7 @@ class FMISeg(nn.Module):
                  heads:int=4, # Attention heads
                  max_tokens:int=24, # Longest text
                  decoder:tuple|None=None, # Channels of the decoder at strides 4, 8, 16; None: those of the encoder
+                 decoder_norm:str='batch', # 'batch' as published, or 'group'
                  hidden:int=24, # Channels inside the head
                  blur:bool=False, # The published 4x4 average of the head
                  fusion:str='mean', # 'mean', 'conv', 'lf' or 'hf'
@@ -127,6 +130,7 @@ class FMISeg(nn.Module):
         self.args = {k: v for k,v in locals().items() if k not in ('self', '__class__', 'pretrained')}
         check_variant(variant)
         if fusion not in FUSIONS: raise unknown('fusion', fusion, FUSIONS)
+        if decoder_norm not in _NORMS: raise unknown('decoder_norm', decoder_norm, _NORMS)
         self.split, self.norm = FrequencySplit(wavelet, split), BandNorm(norm)
         encoder = lambda c: timm.create_model(backbone, pretrained=pretrained, features_only=True, in_chans=c, **(backbone_kw or {}))
         self.enc_lf, self.enc_hf = (encoder(c) for c in self.split.out_channels)
@@ -136,7 +140,7 @@ class FMISeg(nn.Module):
         names = [n for n in ('lf', 'hf') if fusion in (n, 'mean', 'conv')]
         self.adapter, self.ffbi = TextAdapter(d_text, d, adapter_layers, heads), FFBI(dims[3], heads, ffbi or variant, names)
         out = tuple(decoder or dims[:3])
-        self.branches = nn.ModuleDict({n: Branch(dims, out, d, variant, heads, max_tokens) for n in names})
+        self.branches = nn.ModuleDict({n: Branch(dims, out, d, variant, heads, max_tokens, decoder_norm) for n in names})
         self.heads = nn.ModuleDict({n: SubpixelHead(out[0], hidden, blur) for n in names})
         self.fusion, self.max_tokens = fusion, max_tokens
         if fusion == 'conv': self.fuse = nn.Conv2d(2, 1, 3, padding=1)
@@ -196,7 +200,8 @@ def forward(self:FMISeg, x:Tensor, # Images (B, 3, H, W) in [0, 1]
     return self.decode(self.encode(x), tokens, mask, prior)
 
 # %% ../../nbs/21_fmiseg.model.ipynb #c023
-TINY = dict(d_text=128, d=96, decoder=(24, 48, 96), hidden=8, backbone='resnet10t', backbone_kw=dict(channels=(32, 64, 128, 192), stem_width=16))
+TINY = dict(d_text=128, d=96, decoder=(24, 48, 96), decoder_norm='group', hidden=8, backbone='resnet10t',
+            backbone_kw=dict(channels=(32, 64, 128, 192), stem_width=16, norm_layer='groupnorm1'))
 FULL = dict(d_text=768, d=256, backbone='convnext_tiny')
 PUBLISHED = dict(d_text=768, d=768, backbone='convnext_tiny', split='published', norm='channel', variant='published', blur=True, fusion='lf', presence=False)
 

@@ -153,10 +153,11 @@ class ResumeCallback(Callback):
     "Write the whole state of a fit to `path` after its epochs, and go on from there when the same fit is called again."
     order = 100
     def __init__(self, path, # One file; delete it to start anew
-                 every:int=1 # Write after every so many epochs, and after the last
+                 every:int=1, # Write after every so many epochs, and after the last
+                 tag:str='' # Names what the fit does not show, such as data and seed; another tag is another fit
                 ):
         if every < 1: raise ValueError(f"every must be at least 1, got {every}")
-        self.file, self.every, self.resumed = Path(path), every, 0
+        self.file, self.every, self.tag, self.resumed = Path(path), every, tag, 0
     def before_fit(self):
         self.resumed, self.run = 0, _fitting(self.learn)
         if not self.run: return
@@ -170,7 +171,7 @@ class ResumeCallback(Callback):
         elif done > self.resumed and (done % self.every == 0 or done == self.n_epoch):
             with atomic_write(self.file) as tmp: torch.save(plain(self._state(done)), tmp)
     def _fit(self):
-        return dict(epochs=self.n_epoch, batches=len(self.dls.train), optimizer=type(self.opt).__name__,
+        return dict(epochs=self.n_epoch, tag=self.tag, batches=len(self.dls.train), optimizer=type(self.opt).__name__,
                     groups=[len(g) for g in self.opt.param_lists], ema=_ema(self.learn) is not None)
 
 # %% ../../nbs/07_training.callbacks.ipynb #c040
