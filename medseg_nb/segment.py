@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub, torch
 from fastcore.basics import patch
 from torch import Tensor
-import medseg_nb
+import medseg_nb, medseg_nb.save
 from .core import Segmentation, as_image, best_device, letterbox, prompts_per_image, unknown, unletterbox
 from .fmiseg.learner import PromptedFMISeg
 
