@@ -114,7 +114,7 @@ def prompts_per_image(prompts, # One prompt, a list of prompts, or a list of lis
     if not len(prompts): raise ValueError("no prompt: give at least one, e.g. 'left lung'")
     nested = [not isinstance(p, str) for p in prompts]
     if any(nested) and (not all(nested) or len(prompts) != n): raise ValueError(f"lists of prompts must be one per image: {len(prompts)} for {n} images")
-    if all(nested) and not all(len(ps) for ps in prompts): raise ValueError("an image has no prompt: give each at least one")
+    if all(nested) and any(isinstance(ps, (list, tuple)) and not ps for ps in prompts): raise ValueError("an image has no prompt: give each at least one")
     return [[check_prompt(p) for p in ps] for ps in (prompts if all(nested) else [prompts]*n)]
 
 # %% ../nbs/00_core.ipynb #c026
