@@ -16,6 +16,7 @@ from torch import Tensor
 import medseg_nb, medseg_nb.save
 from .core import Segmentation, as_image, best_device, letterbox, prompts_per_image, unknown, unletterbox
 from .fmiseg.learner import PromptedFMISeg
+from .wording import known_wording
 
 # %% ../nbs/80_segment.ipynb #c006
 def bare_prompt(p:str # Prompt
@@ -66,7 +67,8 @@ class FMISegSegmenter:
                  threshold:float|None=None, # Of the masks; None: the model's own
                  bs:int=8, # Images encoded at once
                  max_maps:int=16, # Maps decoded at once
-                 gate:bool|None=None, # Multiply the map by the score; None: as the model's config says
+                 gate:bool|None=None, # Empty the map where the score is below 0.5; None: as the model's config says
+                 lexicon:bool|None=None, # Read known synonyms as their first wording; None: as the model's config says
                  amp:bool=False, # bfloat16 autocast, on CUDA only
                  device=None # None: the best there is
                 ):
@@ -76,7 +78,7 @@ class FMISegSegmenter:
             raise ValueError(f"size must be a multiple of 32, at least 64, got {self.size}")
         if not 0 <= self.threshold <= 1: raise ValueError(f"threshold must lie in [0, 1], got {self.threshold}")
         if min(bs, max_maps) < 1: raise ValueError(f"bs and max_maps must be at least 1, got {bs} and {max_maps}")
-        self.gate = bool(config.get('gate', False) if gate is None else gate)
+        self.gate, self.lexicon = (bool(config.get(k, False) if v is None else v) for k,v in dict(gate=gate, lexicon=lexicon).items())
         if self.gate and model.net.presence is None: raise ValueError("gate needs a model with a presence head: FMISeg(presence=True)")
         self.device, self.bs, self.max_maps = best_device(device), min(bs, max_maps), max_maps
         self.amp = amp and self.device.type == 'cuda'
@@ -102,7 +104,8 @@ class FMISegSegmenter:
         "What the model reads of a prompt."
         if prompt not in self._texts:
             if len(self._texts) > 4096: self._texts.clear()
-            self._texts[prompt] = fit_prompt(bare_prompt(prompt), self.model.encoder, self.model.net.max_tokens)
+            said = known_wording(bare_prompt(prompt)) if self.lexicon else bare_prompt(prompt)
+            self._texts[prompt] = fit_prompt(said, self.model.encoder, self.model.net.max_tokens)
         return self._texts[prompt]
 
     def __repr__(self):
@@ -143,11 +146,11 @@ def _batch(self:FMISegSegmenter, images, prompts, texts):
 
 @patch
 def _finish(self:FMISegSegmenter, im, prompts, box, prob, score):
-    if self.gate: prob = prob*score[:, None, None]
+    if self.gate: prob = prob*(score[:, None, None] >= .5)
     score = None if score is None else score.clone()
     return Segmentation(unletterbox(prob, box).clamp(0, 1), prompts, score, image=im.x, meta=im.meta, threshold=self.threshold)
 
-# %% ../nbs/80_segment.ipynb #c030
+# %% ../nbs/80_segment.ipynb #c032
 _builders = {}
 
 def register_segmenter(cls_name:str # `cls` in the config.json of a model folder
@@ -162,7 +165,7 @@ def _fmiseg(folder, config, device=None, **kwargs):
     if lacks: raise ValueError(f"'{folder/'config.json'}' lacks {', '.join(lacks)}")
     return FMISegSegmenter(PromptedFMISeg.from_pretrained(folder), device=device, **kwargs)
 
-# %% ../nbs/80_segment.ipynb #c031
+# %% ../nbs/80_segment.ipynb #c033
 _embedded = dict(tiny=('tiny_fmiseg', 'comes with the package: chest X-ray, fundus, histology, ultrasound, skin, endoscopy, brain MR'))
 
 def list_segmenters() -> dict: # What it is, by name
@@ -186,7 +189,7 @@ def _model_folder(name, revision):
         raise FileNotFoundError(f"no folder '{folder}'; a hub id is written 'hf-hub:<owner>/<name>'")
     raise unknown('model', s, list_segmenters())
 
-# %% ../nbs/80_segment.ipynb #c032
+# %% ../nbs/80_segment.ipynb #c034
 def _config(folder):
     path = folder/'config.json'
     if not path.is_file(): raise FileNotFoundError(f"no config.json in '{folder}': a model folder holds config.json and model.safetensors")
@@ -206,7 +209,7 @@ def load_segmenter(name='tiny', # One of `list_segmenters`
     config = _config(folder)
     return _builders[config['cls']](folder, config, device=device, **kwargs)
 
-# %% ../nbs/80_segment.ipynb #c038
+# %% ../nbs/80_segment.ipynb #c040
 def _check(seg, im, prompts):
     if not isinstance(seg, Segmentation): raise ValueError(f"expected a Segmentation, got {type(seg).__name__}")
     if list(seg.prompts) != prompts: raise ValueError(f"expected the prompts {prompts}, got {list(seg.prompts)}")

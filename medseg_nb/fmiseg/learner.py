@@ -167,7 +167,7 @@ def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, resume, p
     n = round(s.episodes/epochs)
     if n < bs: raise ValueError(f"stage {k+1} has {n} episodes an epoch, fewer than one batch of {bs}")
     with seeded(seed + k):
-        episodes = make_episodes(df, n, weights=weights, seed=seed + k)
+        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, seed=seed + k)
         tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, net.args)).encode()).hexdigest()
         dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, device=device)
         cbs = [_Tell(progress, k+1), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume else [])]
@@ -178,7 +178,8 @@ def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, resume, p
     return learn
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c032
-TINY_STAGES = (Stage(192, 3600, 2e-3, per_epoch=1200), Stage(256, 8800, 1.5e-3, per_epoch=2200))
+TINY_STAGES = (Stage(192, 6000, 2e-3, per_epoch=3000), Stage(256, 20000, 1.5e-3, per_epoch=4000),
+               Stage(384, 16000, 1e-3, bs=4, per_epoch=2000, weights=dict(cxr_lungs=.22, fundus=.34, nuclei=.2, histo_lymph_node=.09)))
 
 def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a fifth of the groups is held out
                  out, # Model folder to write; made if missing
