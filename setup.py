@@ -2,7 +2,7 @@
 import re
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup, find_packages
+from setuptools import setup, find_namespace_packages
 
 here = Path(__file__).parent
 cfg = ConfigParser(delimiters=['=']); cfg.read(here/'settings.ini', encoding='utf-8')
@@ -18,8 +18,8 @@ def long_description():
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
       author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0', license_files=['LICENSE'],
       long_description=long_description(), long_description_content_type='text/markdown',
-      packages=find_packages(include=['medseg_nb', 'medseg_nb.*']), include_package_data=True,
-      package_data={'medseg_nb': ['weights/*/*', 'weights/*']}, python_requires=f">={cfg['min_python']}",
+      packages=find_namespace_packages(include=['medseg_nb', 'medseg_nb.*'], exclude=['*.__pycache__', '*.__pycache__.*']), # the folders of weights too
+      include_package_data=True, python_requires=f">={cfg['min_python']}",
       install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
       entry_points=dict(console_scripts=cfg['console_scripts'].split('\n'), nbdev=[f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]),
       classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',

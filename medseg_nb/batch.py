@@ -40,7 +40,8 @@ def save_whole(segs, # From a segmenter: the slices of one image file
                out, # Folder, made if missing
                stem:str, # Start of the file names
                threshold:float|None=None, # Of the masks; None: the model's own
-               inputs=() # Images that may not be overwritten, as resolved paths
+               inputs=(), # Images that may not be overwritten, as resolved paths
+               write=None # Writes the files and gives the entries, with the first four arguments; None: `save_segmentation`
               ) -> list[dict]: # Entries of the report, one for each prompt
     "`save_segmentation` that leaves everything or nothing."
     out = Path(out)
@@ -48,7 +49,7 @@ def save_whole(segs, # From a segmenter: the slices of one image file
     out.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix='.', dir=out) as d:
-            rows, files = save_segmentation(segs, d, stem, threshold), sorted(Path(d).iterdir())
+            rows, files = (write or save_segmentation)(segs, d, stem, threshold), sorted(Path(d).iterdir())
             for f in files:
                 if (out/f.name).resolve() in inputs: raise ValueError(f"'{out/f.name}' is one of the images: choose another folder for the results")
             (out/'report.json').unlink(missing_ok=True)
@@ -77,6 +78,7 @@ def segment_files(segmenter, # Callable `(images, prompts) -> list[Segmentation]
                   out, # Folder for the results
                   threshold:float|None=None, # Of the masks; None: the model's own
                   read=read_slices, # Path to slices
+                  write=None, # As for `save_whole`
                   on_error=lambda e, path: str(e) # Called with what happened; says it in one line
                  ): # For each job: entries of the report, and the segmentations or None
     "Segment and save image files."
@@ -86,16 +88,16 @@ def segment_files(segmenter, # Callable `(images, prompts) -> list[Segmentation]
         start = time.perf_counter()
         try:
             segs = segmenter(read(path), prompts)
-            rows = save_whole(segs, out, _stem(segs, stem), threshold, inputs)
+            rows = save_whole(segs, out, _stem(segs, stem), threshold, inputs, write)
         except Exception as e:
             if len(jobs) == 1: raise
             name, segs, failed = relative(path, out), None, failed + 1
             text = on_error(e, path).replace(str(path), name)
             rows = [dict(image=name, prompt=p, error=text) for p in prompts]
         yield [dict(r, seconds=round((time.perf_counter()-start)/len(rows), 4)) for r in rows], segs
-    if jobs and failed == len(jobs): raise ValueError(f"none of the {failed} images could be segmented")
+    if jobs and failed == len(jobs): raise ValueError(f"none of the {failed} images gave a result")
 
-# %% ../nbs/81a_batch.ipynb #c022
+# %% ../nbs/81a_batch.ipynb #c024
 def write_report(out, # Folder
                  rows, # Entries
                  command:str # What was called
@@ -103,7 +105,7 @@ def write_report(out, # Folder
     "Write `report.json`, after everything it speaks of."
     write_json(Path(out)/'report.json', dict(version=__version__, command=command, results=list(rows)))
 
-# %% ../nbs/81a_batch.ipynb #c026
+# %% ../nbs/81a_batch.ipynb #c028
 def saving(segmenter, # Callable `(images, prompts) -> list[Segmentation]`
            paths, # Files of the images it will see
            out, # Folder for the results
@@ -120,7 +122,7 @@ def saving(segmenter, # Callable `(images, prompts) -> list[Segmentation]`
         return segs
     return segment
 
-# %% ../nbs/81a_batch.ipynb #c028
+# %% ../nbs/81a_batch.ipynb #c030
 def score_entries(rows, # Dicts with image, prompt, error and scores
                   out, # Folder of the report
                   saved:dict # From `saving`, or empty

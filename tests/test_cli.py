@@ -1,10 +1,10 @@
 "The command: exit codes, one line on stderr, and what is left behind."
-import csv, json, subprocess, sys
+import csv, json, shlex, subprocess, sys
 import nibabel as nib, numpy as np, pytest, tifffile, torch
 from pathlib import Path
 from PIL import Image
 from pydicom.data import get_testdata_file
-from medseg_nb import cli
+from medseg_nb import cli, packs
 from medseg_nb.clip.biomedclip import load_encoder
 from medseg_nb.core import seeded
 from medseg_nb.fmiseg.learner import PromptedFMISeg
@@ -55,7 +55,7 @@ def test_starts_fast_and_light():
     look = "import sys, medseg_nb.cli; print([m for m in ('torch', 'fastai', 'numpy', 'matplotlib', 'pandas', 'timm', 'monai') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', look], capture_output=True, text=True).stdout.strip() == '[]'
 
-@pytest.mark.parametrize('verb', [(), ('segment',), ('demo',), ('train',), ('train', 'fmiseg'), ('evaluate',), ('data',), ('data', 'list'), ('data', 'get'), ('info',)])
+@pytest.mark.parametrize('verb', [(), ('segment',), ('demo',), ('train',), ('train', 'fmiseg'), ('evaluate',), ('saliency',), ('finetune-clip',), ('data',), ('data', 'list'), ('data', 'get'), ('info',)])
 def test_help(run, verb):
     for flag in ('--help', '-h'):
         code, out, err = run(*verb, flag)
@@ -253,12 +253,27 @@ def test_evaluate(run, model, cases):
     means = json.loads(Path('out/metrics.json').read_text())
     assert means['per_image']['dice'] == pytest.approx(np.mean([e['dice'] for e in r]), abs=1e-5) and set(means['pooled']) == {'dice', 'iou'}
 
-def test_evaluate_goes_on(run, model, cases):
-    Path('d/1.png').write_bytes(Path('d/1.png').read_bytes()[:300])
+def test_evaluate_goes_on(run, model, cases, tmp_path):
+    for bad in ('d/1.png', 'd/2_mask.png'): Path(bad).write_bytes(Path(bad).read_bytes()[:60])
     code, out, err = run('evaluate', '--index', cases, '--model', model, '--out', 'out')
-    assert code == 1 and len(err) == 1 and err[0].startswith('medseg: error: ')
+    assert code == 1 and len(err) == 2 and all(l.startswith('medseg: error: ') for l in err)
     r = report()['results']
-    assert ['error' in e for e in r] == [False, False, True, True, False, False] and not list(Path('out').glob('*.png'))
+    assert ['error' in e for e in r] == [False, False, True, True, True, True] and not list(Path('out').glob('*.png'))
+    assert "'../d/1.png'" in r[2]['error'] and "'../d/2_mask.png'" in r[4]['error']
+    for f in Path('out').iterdir(): assert str(tmp_path) not in f.read_text().replace(shlex.quote(str(model)), '')
+    rows = list(csv.DictReader(Path('out/metrics.csv').open()))
+    assert [row['truth'] for row in rows] == [f'../d/{i}_mask.png' for i in range(3) for _ in range(2)]
+
+def test_evaluate_where_nothing_can_be_read(run, model, cases):
+    for i in range(3): Path(f'd/{i}.png').write_text('a letter')
+    refused(run, 'none of the 6 rows could be evaluated', 'evaluate', '--index', cases, '--model', model, '--out', 'out')
+
+def test_evaluate_leaves_rows_without_a_mask_out(run, model, cases):
+    some = index(['0.png,0_mask.png,left side,test,0', '1.png,,left side,test,1', '2.png,2_mask.png,,test,2'], path='d/some.csv')
+    assert run('evaluate', '--index', some, '--model', model, '--out', 'out')[0] == 0
+    assert [e['image'] for e in report()['results']] == ['../d/0.png']
+    none = index(['0.png,,left side,test,0'], path='d/none.csv')
+    refused(run, 'no row with a text and a mask', 'evaluate', '--index', none, '--model', model, '--out', 'no')
 
 @pytest.mark.parametrize('says,make', [
     ('no index file', lambda: 'nowhere.csv'), ('lacks the column mask', lambda: index(['1.png,left', '2.png,left'], 'image,text', 'd/i.csv')),
@@ -284,7 +299,75 @@ def test_train(run, cases, monkeypatch):
     assert seen['stages'] == ((64, 32, .001), (96, 16, .0005)) and (seen['bs'], seen['seed'], seen['resume'], seen['rows']) == (4, 3, False, 6) and seen['packs'] == {'d'}
     refused(run, 'nothing to train on', 'train', 'fmiseg', '--out', 'no')
     refused(run, 'a stage', 'train', 'fmiseg', '--index', cases, '--out', 'no', '--stage', '64,32')
+    refused(run, "got 'open_clip:ViT-B-32/openai'", 'train', 'fmiseg', '--index', cases, '--out', 'no', '--encoder', 'open_clip:ViT-B-32/openai')
     refused(run, 'no index file', 'train', 'fmiseg', '--index', 'no.csv', '--out', 'no')
+
+def look(run, *args, out='out', method='gradient'):
+    return run('saliency', *args, '--prompt', 'left lung', '--prompt', 'optic disc', '--encoder', 'tiny', '--method', method, '--out', out)
+
+def test_saliency(run):
+    picture('scans/My scan.png', (33, 50)); picture('scans/b.jpg', (20, 30), 'L')
+    code, out, err = look(run, 'scans')
+    assert code == 0 and not err and 'b_optic-disc_saliency.png' in out
+    r = report()
+    assert list(r) == ['version', 'command', 'results'] and r['command'].startswith('medseg saliency scans --prompt ')
+    assert [(e['image'], e['prompt']) for e in r['results']] == [(f'../scans/{i}', p) for i in ('My scan.png', 'b.jpg') for p in ('left lung', 'optic disc')]
+    for e in r['results']:
+        assert list(e) == ['image', 'prompt', 'saliency', 'overlay', 'seconds']
+        size, (m, o) = Image.open(Path('out', e['image'])).size, (Image.open(Path('out', e[k])) for k in ('saliency', 'overlay'))
+        a = np.asarray(m)
+        assert m.size == o.size == size and a.dtype == np.uint16 and (a.min(), a.max()) == (0, 65535) and o.mode == 'RGB'
+    assert len(list(Path('out').iterdir())) == 9
+
+def test_saliency_of_volumes(run):
+    nifti('v.nii', rng.random((13, 17, 3))); tifffile.imwrite('t.tif', rng.integers(0, 65535, (3, 15, 20), np.uint16), photometric='minisblack')
+    assert look(run, 'v.nii', 't.tif', get_testdata_file('CT_small.dcm'))[0] == 0
+    v, t, d = report()['results'][::2]
+    assert nib.load(f"out/{v['saliency']}").shape == (13, 17, 3) and (nib.load(f"out/{v['saliency']}").affine == nib.load('v.nii').affine).all()
+    assert tifffile.imread(f"out/{t['saliency']}").shape == (3, 15, 20) and json.loads(Path('out', d['geometry']).read_text())['size'] == [128, 128]
+    assert look(run, 'v.nii', '--index', '1', out='one')[0] == 0
+    assert np.allclose(nib.load(f"one/{report('one')['results'][0]['saliency']}").get_fdata()[..., 0], nib.load(f"out/{v['saliency']}").get_fdata()[..., 1], atol=1e-4)
+
+def test_saliency_goes_on(run):
+    for n in 'ac': picture(f'd/{n}.png')
+    Path('d/b.png').write_text('a letter')
+    code, out, err = look(run, 'd')
+    assert code == 1 and len(err) == 1 and err[0].startswith("medseg: error: cannot read 'd/b.png'")
+    assert [e.get('error', '')[:20] for e in report()['results'][::2]] == ['', "cannot read '../d/b.", '']
+    assert len(list(Path('out').iterdir())) == 2*2*2 + 1
+    Path('d/a.png').write_text('a letter'); Path('d/c.png').unlink()
+    before = files()
+    code, out, err = look(run, 'd', out='no')
+    assert code == 2 and files() == before and 'none of the 2 images' in err[-1]
+
+@pytest.mark.parametrize('says,args', [
+    ("Did you mean 'm2ib'", ('--method', 'm2bi')), ('--beta is no setting of gradcam', ('--method', 'gradcam', '--beta', '1')), ('layer must be 0 to 2', ('--layer', '3')),
+    ("Did you mean 'tiny'", ('--encoder', 'tinny')), ('no folder', ('--encoder', 'no/such/encoder')), ('empty prompt', ('--prompt', ' ')),
+    ('cannot write', ('--out', 'a.png/out')), ("Did you mean 'lung'", ('--window', 'lungs')), ('index=1', ('--index', '1'))])
+def test_saliency_checks_the_call(run, says, args):
+    picture('a.png')
+    base = dict(zip(('--prompt', '--encoder', '--method', '--out'), ('disc', 'tiny', 'gradient', 'out')))
+    refused(run, says, 'saliency', 'a.png', *args, *(o for k,v in base.items() if k not in args for o in (k, v)))
+
+def test_finetune(run, cases, monkeypatch):
+    from medseg_nb.clip import finetune
+    seen = {}
+    def finetune_clip(df, out, encoder, loss, tau, epochs, n, bs, lr, **kw):
+        seen.update(kw, rows=len(df), args=(encoder, loss, tau, epochs, n, bs, lr)); Path(out).mkdir(); kw['progress']('one line')
+        Path(out, 'finetune.json').write_text(json.dumps(dict(scores={'i2t@1': .5})))
+    monkeypatch.setattr(finetune, 'finetune_clip', finetune_clip)
+    code, out, err = run('finetune-clip', '--index', cases, '--encoder', 'tiny', '--out', 'enc', '--loss', 'dcl', '--tau', '0.1', '--epochs', '3', '--pairs', '9', '--bs', '4',
+                         '--lr', '1e-4', '--vision', '2', '--text', '0', '--flips', '--half', '--fresh', '--seed', '5')
+    assert code == 0 and not err and out.startswith('one line') and seen['args'] == ('tiny', 'dcl', .1, 3, 9, 4, 1e-4) and seen['rows'] == 6
+    assert [seen[k] for k in ('vision', 'text', 'flips', 'half', 'resume', 'seed')] == [2, 0, True, True, False, 5] and report('enc')['results'][0]['i2t@1'] == .5
+
+def test_finetune_checks_the_call(run, cases):
+    pairs = index([f'{i}.png,{i}_mask.png,left side,{s},{i}' for i,s in enumerate(('train', 'train', 'val'))], path='d/pairs.csv')
+    for says,*args in (('nothing to train on',), ('at least 2 are needed for a split', '--index', cases), ('no file', '--index', 'no.csv'), ("Did you mean 'hn_nce'", '--index', cases, '--loss', 'nce'),
+                       ('tau must be', '--index', cases, '--tau', '0'), ('--lr must be', '--index', cases, '--lr', '0'), ('--bs', '--index', cases, '--bs', '1'),
+                       ('the vision tower has 4 blocks', '--index', pairs, '--vision', '5', '--bs', '2'),
+                       ('do not fill one batch of 64', '--index', pairs), ("got 'open_clip:RN50/openai'", '--index', cases, '--encoder', 'open_clip:RN50/openai')):
+        refused(run, says, 'finetune-clip', '--out', 'deep/no', *args, *(() if '--encoder' in args else ('--encoder', 'tiny')))
 
 def test_data(run, tmp_path, monkeypatch, cases):
     monkeypatch.setenv('MEDSEG_DATA', str(tmp_path))
@@ -292,6 +375,15 @@ def test_data(run, tmp_path, monkeypatch, cases):
     assert code == 0 and any(l.split()[:3] == ['d', '3', '6'] for l in out.splitlines())
     assert run('data', 'get', 'd') == (0, f'{tmp_path}/d\n', [])
     refused(run, "unknown pack 'e'", 'data', 'get', 'e')
+
+def test_data_that_is_missing(run, tmp_path, monkeypatch, cases):
+    monkeypatch.setattr(packs, 'data_roots', lambda: [tmp_path])
+    Path('bad').mkdir(); Path('bad/index.csv').write_bytes(b'\xff\x00')
+    code, out, err = run('data', 'list')
+    assert (code, err) == (0, []) and [l.split()[-1] for l in out.splitlines() if l.startswith(('cxr_lungs', 'fundus'))] == ['missing']*2
+    assert [l.split()[1] for l in out.splitlines() if l.startswith('bad')] == ['unreadable']
+    refused(run, 'v7labs/covid-19-xray-dataset@51fca0d0d089b2fa7b0b95f0aed32ebaebd561f2', 'data', 'get', 'cxr_lungs')
+    refused(run, "Did you mean 'cxr_lungs'?", 'data', 'get', 'cxr_lung')
 
 def test_info(run):
     code, out, err = run('info')

@@ -3,10 +3,10 @@ import random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.torch_core import TensorImage
 from hypothesis import given, settings, strategies as st
-from medseg_nb import data
+from medseg_nb import data, packs
 from medseg_nb.clip.biomedclip import load_encoder
 from medseg_nb.core import seeded
-from medseg_nb.data import (JointAugment, Prompts, TensorMasks, Tokenize, dihedral, get_pack, list_packs, load_square, make_episodes,
+from medseg_nb.data import (JointAugment, Prompts, TensorMasks, Tokenize, byte_cache, dihedral, get_pack, list_packs, load_square, make_episodes,
                             prompt_dls, random_light, read_index, split_groups)
 from medseg_nb.phantoms import KINDS, ellipse, make_phantom_pack, phantom
 from medseg_nb.wording import SYNONYMS, TEMPLATES, mirror_prompt, paraphrase, realm
@@ -100,9 +100,31 @@ def test_no_augmentation_is_the_identity():
 
 def test_packs_are_found_by_the_environment(pack, monkeypatch):
     monkeypatch.setenv('MEDSEG_DATA', str(pack.parent.parent))
-    assert get_pack(pack.parent.name) == pack.parent and pack.parent.name in list_packs()
-    monkeypatch.setattr(data, 'data_roots', lambda: [pack.parent/'nowhere'])
-    with pytest.raises(FileNotFoundError, match='MEDSEG_DATA'): get_pack('cxr_lungs')
+    assert get_pack(pack.parent.name) == pack.parent and list_packs().loc[pack.parent.name, 'here']
+    monkeypatch.setenv('MEDSEG_DATA', str(pack.parent/'nowhere')); monkeypatch.setenv('XDG_CACHE_HOME', str(pack.parent.parent.parent))
+    with pytest.raises(ValueError, match='unknown pack'): get_pack(pack.parent.name)
+
+def test_a_known_pack_that_is_missing_is_no_unknown_one(pack, monkeypatch):
+    "Whether there are other packs or none."
+    for root in (pack.parent/'nowhere', pack.parent.parent):
+        monkeypatch.setattr(packs, 'data_roots', lambda: [root])
+        with pytest.raises(FileNotFoundError, match='MEDSEG_DATA') as e: get_pack('cxr_lungs')
+        assert all(s in str(e.value) for s in packs.KNOWN_PACKS['cxr_lungs'].source.split()) and str(root) in str(e.value)
+        with pytest.raises(ValueError, match="Did you mean 'cxr_lungs'"): get_pack('cxr-lungs')
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=30), st.integers(0, 30))
+def test_byte_cache_gives_what_the_function_gives(calls, limit):
+    "Whatever is asked in whatever order, and never holds more than its limit."
+    f = lambda key, n: torch.full((n,), key, dtype=torch.uint8)
+    cached = byte_cache(limit)(f)
+    for key,n in calls:
+        assert cached(key, n).equal(f(key, n)) and cached(key, n=n).equal(f(key, n))
+        assert cached.nbytes == sum(o.nbytes for o in cached.kept.values()) <= limit
+
+def test_encoders_that_cannot_be_batched_are_refused():
+    class Other: tokenize = None
+    with pytest.raises(ValueError, match='Other has no tokenizer, pad_id'): Tokenize(Other())
 
 def test_words_are_importable_from_data():
     assert data.mirror_prompt is mirror_prompt and data.paraphrase is paraphrase and data.SYNONYMS is SYNONYMS and data.realm is realm

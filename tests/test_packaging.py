@@ -1,5 +1,5 @@
 "The wheel holds everything, and works where nothing but its runtime requirements is installed."
-import configparser, hashlib, json, os, shutil, subprocess, sys, time, zipfile
+import configparser, hashlib, json, os, re, shutil, subprocess, sys, time, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
@@ -22,7 +22,8 @@ def wheel(tmp_path_factory):
     ignored = [l.strip().rstrip('/') for l in (root/'.gitignore').read_text().splitlines() if l.strip() and l[0] != '#']
     src, out = tmp_path_factory.mktemp('build')/'src', tmp_path_factory.mktemp('dist')
     shutil.copytree(root, src, symlinks=True, ignore=shutil.ignore_patterns('.git', *ignored))
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src, cwd=out)
+    said = run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src, cwd=out)
+    assert not re.search('would be ignored|Deprecated|Warning', said), said[-3000:]
     return next(out.glob('*.whl'))
 
 def contents(wheel):
@@ -59,6 +60,13 @@ def alone(path):
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
+def make_env(env):
+    "A virtual environment with pip, by the interpreter's own pip where there is no ensurepip, as the Makefile does."
+    try: run(sys.executable, '-m', 'venv', env, cwd=env.parent)
+    except AssertionError:
+        run(sys.executable, '-m', 'venv', '--clear', '--without-pip', env, cwd=env.parent)
+        run(sys.executable, '-m', 'pip', '--python', env/'bin/python', 'install', '-q', '--timeout', '120', '--retries', '5', 'pip', cwd=env.parent)
+
 def bare_python(store):
     "An environment with the runtime requirements and nothing else, made once for each set of requirements and Python."
     names = sorted(settings['requirements'].split())
@@ -66,7 +74,7 @@ def bare_python(store):
     env, done = store/f'bare-{key}', store/f'bare-{key}'/'complete'
     if not done.exists():
         shutil.rmtree(env, ignore_errors=True)
-        run(sys.executable, '-m', 'venv', env, cwd=store)
+        make_env(env)
         run(env/'bin/python', '-m', 'pip', 'install', '-q', '--timeout', '120', '--retries', '5', 'pip>=23', *names, cwd=store, timeout=900)
     done.touch()
     for old in store.glob('bare-*/complete'): # a changed requirement leaves some GB behind

@@ -30,6 +30,9 @@ def check_index(df:pd.DataFrame # With columns image, mask, text
     lacks = [c for c in ('image', 'mask', 'text') if c not in df]
     if lacks: raise ValueError(f"the index lacks {', '.join(lacks)}; it has {', '.join(df.columns)}")
     if df.empty: raise ValueError("the index has no rows: nothing to evaluate")
+    for c in ('image', 'mask'):
+        if n := sum(not isinstance(p, (str, Path)) or not str(p).strip() for p in df[c]):
+            raise ValueError(f"{n} of {len(df)} rows have no {c} and cannot be scored: leave them out, as read_index does")
     for r in df[['image', 'mask']].drop_duplicates().itertuples():
         try: a, b = _header_size(r.image), _header_size(r.mask)
         except (ValueError, OSError): continue
@@ -46,16 +49,20 @@ def read_mask(path # 8-bit PNG, 0 and 255
 # %% ../../nbs/70_evaluation.report.ipynb #c013
 _EXTRA = ('group', 'pack', 'split', 'modality', 'label')
 
+def _says(e):
+    line = next((l.strip() for l in str(e).splitlines() if l.strip()), '')
+    return line if line and isinstance(e, (ValueError, OSError)) else f'{type(e).__name__}: {line}'.rstrip(': ')
+
 def _try(rows, f):
     try: return f()
     except Exception as e:
-        for r in rows: r['error'] = (str(e).splitlines() or [''])[0] if isinstance(e, (ValueError, OSError)) else f'{type(e).__name__}: {e}'
+        for r in rows: r['error'] = _says(e)
 
 def _open(rows):
     "The image of `rows`, with the true mask of each beside it."
     im = _try(rows, lambda: read_image(rows[0]['image']))
     if im is None: return None
-    for r in rows: r['truth'] = _try([r], lambda: check_prompt(r['prompt']) and (read_mask(r['mask']) if r['mask'] else None))
+    for r in rows: r['_mask'] = _try([r], lambda: check_prompt(r['prompt']) and (read_mask(r['truth']) if r['truth'] else None))
     return im, [r for r in rows if not r['error']]
 
 def _segment(segmenter, cases, score):
@@ -78,15 +85,15 @@ def _segment(segmenter, cases, score):
 def _score(r, seg, p, threshold, surface, tolerance):
     pred = seg.mask(threshold)[p].cpu()
     out = dict(area_fraction=pred.float().mean().item(), score=float('nan') if seg.score is None else float(seg.score[p]))
-    if r['truth'] is None: return out
-    s = score_masks([pred], [r['truth']], surface=surface, nsd_tolerance=tolerance)['rows'][0]
-    n = ConfusionCounts().add(pred, r['truth'])
+    if r['_mask'] is None: return out
+    s = score_masks([pred], [r['_mask']], surface=surface, nsd_tolerance=tolerance)['rows'][0]
+    n = ConfusionCounts().add(pred, r['_mask'])
     return {**{k: s[k] for k in ('dice', 'iou', 'nsd', 'hd95') if k in s}, **out, 'tp': n.tp, 'fp': n.fp, 'fn': n.fn}
 
 def _run(segmenter, df, bs, progress, **kwargs):
     "Rows (dicts) of `df`, segmented and scored."
     if bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
-    rows = [dict(image=r['image'], prompt=r['text'], mask=r.get('mask'), error='', **{k: r[k] for k in _EXTRA if k in r})
+    rows = [dict(image=str(r['image']), prompt=r['text'], truth=str(r.get('mask') or ''), error='', **{k: r[k] for k in _EXTRA if k in r})
             for r in df.to_dict('records')]
     images = {}
     for r in rows: images.setdefault(r['image'], []).append(r)
@@ -96,7 +103,7 @@ def _run(segmenter, df, bs, progress, **kwargs):
         cases = [c for c in map(_open, batch) if c and c[1]]
         if cases: _segment(segmenter, cases, lambda r, seg, p: _score(r, seg, p, **kwargs))
         for g in batch:
-            for r in g: r.pop('truth', None)
+            for r in g: r.pop('_mask', None)
     return rows
 
 # %% ../../nbs/70_evaluation.report.ipynb #c016
@@ -147,7 +154,7 @@ def evaluate(segmenter, # Callable `(images, prompts, boxes=None) -> list[Segmen
     rows = pd.DataFrame(_run(segmenter, df, bs, progress, threshold=threshold, surface=surface, tolerance=nsd_tolerance))
     names = [*_METRICS[:4 if surface else 2], 'area_fraction', 'score', 'seconds']
     counts = ['tp', 'fp', 'fn']
-    rows = rows.reindex(columns=['image', 'prompt', *names, 'error', *(c for c in _EXTRA if c in rows), *counts])
+    rows = rows.reindex(columns=['image', 'prompt', 'truth', *names, 'error', *(c for c in _EXTRA if c in rows), *counts])
     return Report(rows.astype({n: float for n in names} | {c: 'Int64' for c in counts}), nsd_tolerance)
 
 # %% ../../nbs/70_evaluation.report.ipynb #c023
@@ -174,13 +181,22 @@ def markdown(self:Report) -> str:
     return '\n'.join(f"| {' | '.join(map(str, l))} |" for l in lines)
 
 @patch
+def relative(self:Report, folder # From where
+            ) -> pd.DataFrame: # Like `rows`
+    "The rows with paths as seen from `folder`."
+    here = Path(folder).resolve()
+    at = {p: Path(os.path.relpath(Path(p).parent.resolve()/Path(p).name, here)).as_posix() for c in ('image', 'truth') for p in self.rows[c]}
+    def _told(r):
+        long, short = sorted((r.image, r.truth), key=len, reverse=True)
+        return r.error.replace(long, at[long]).replace(short, at[short]).replace(f'{here}{os.sep}', '')
+    rows = self.rows.assign(error=[_told(r) for r in self.rows.itertuples()], **{c: self.rows[c].map(at) for c in ('image', 'truth')})
+    return rows.assign(group=rows['group'].map(lambda g: at.get(g, g))) if 'group' in rows else rows
+
+@patch
 def save(self:Report, folder # Where to; made if missing
         ):
     "Write metrics.csv and metrics.json."
-    relative, names = lambda p: Path(os.path.relpath(p, folder)).as_posix(), set(self.rows['image'])
-    rows = self.rows.assign(image=self.rows['image'].map(relative))
-    if 'group' in rows: rows['group'] = rows['group'].map(lambda g: relative(g) if g in names else g)
-    with atomic_write(Path(folder)/'metrics.csv') as tmp: rows.to_csv(tmp, index=False)
+    with atomic_write(Path(folder)/'metrics.csv') as tmp: self.relative(folder).to_csv(tmp, index=False)
     write_json(Path(folder)/'metrics.json', self.summary)
 
 @patch
