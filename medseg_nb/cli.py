@@ -21,15 +21,22 @@ import medseg_nb.cli_clip
 
 # %% ../nbs/82_cli.ipynb #c008
 @app.command(epilog=example('medseg segment chest.png --prompt "left lung" --prompt "right lung" --out out'))
-def segment(image:Images, prompt:Prompts, out:Out, model:Model='tiny', threshold:Threshold=None, window:Window=None, index:Slice=None,
-            frame:Frame=None, device:Device=None, bs:Batch=8):
+def segment(image:Images, prompt:Prompts, out:Out, model:Model='tiny',
+            mode:Annotated[str, typer.Option(help='text: a model alone; prior: with saliency maps; zeroshot: maps alone, --model names an encoder.')]='text',
+            encoder:Annotated[str|None, typer.Option(help="Of mode prior, makes the maps; the one of the model's training if not given.")]=None,
+            uncertainty:Annotated[bool, typer.Option('--uncertainty', help='Write maps of uncertainty too: entropy in bits.')]=False,
+            views:Annotated[bool, typer.Option('--tta', help='Mean of four views, mirrored and smaller, with their uncertainty.')]=False,
+            threshold:Threshold=None, window:Window=None, index:Slice=None, frame:Frame=None, device:Device=None, bs:Batch=8):
     "Write masks, probability maps and overlays of images."
     folder, window = check_out(out), parse_window(window)
     check_threshold(threshold)
     paths, prompts = read_call(image, prompt)
     from medseg_nb.batch import read_slices
-    from medseg_nb.segment import load_segmenter
-    segmenter = load_segmenter(model, device=device, bs=bs)
+    from medseg_nb.modes import load_mode
+    segmenter = load_mode(model, mode, encoder, device=device, bs=bs)
+    if uncertainty or views:
+        from medseg_nb.uncertainty import Ensemble, tta
+        segmenter = tta(segmenter) if views else Ensemble([segmenter])
     read = partial(read_slices, window=window, index=index, frame=frame)
     finish(folder, [r for rows,_ in run_jobs(segmenter, [(p, prompts) for p in paths], folder, threshold, read=read) for r in rows])
 
@@ -91,14 +98,19 @@ def evaluate(index:Index, out:Out, model:Model='tiny', split:Split=None,
 train = typer.Typer(help='Train a model.', rich_markup_mode=None)
 app.add_typer(train, name='train')
 
-def parse_stage(s:str # 'SIZE,EPISODES,LR'
-               ) -> tuple[int, int, float]:
+def parse_stage(s:str # 'SIZE,EPISODES,LR' or 'SIZE@LOAD,EPISODES,LR'
+               ): # A `Stage`
     "A stage of training as it is written in a shell."
-    try: size, episodes, lr = (f(v) for f,v in zip((int, int, float), s.split(','), strict=True))
-    except ValueError: raise ValueError(f"a stage is SIZE,EPISODES,LR such as 256,8000,1.5e-3, got '{s}'") from None
-    if size < 64 or size % 32: raise ValueError(f"a stage needs a size that is a multiple of 32, at least 64, got '{s}'")
+    side, _, rest = s.partition(',')
+    try:
+        episodes, lr = (f(v) for f,v in zip((int, float), rest.split(','), strict=True))
+        size, load = int(side.partition('@')[0]), int(side.partition('@')[2]) if '@' in side else None
+    except ValueError: raise ValueError(f"a stage is SIZE,EPISODES,LR or SIZE@LOAD,EPISODES,LR such as 256@512,8000,1.5e-3, got '{s}'") from None
+    if size < 64 or size % 32 or (load or size) % 32: raise ValueError(f"a stage needs sizes that are multiples of 32, at least 64, got '{s}'")
+    if load is not None and load < size: raise ValueError(f"a stage cuts windows of SIZE from squares of LOAD, which is no smaller, got '{s}'")
     if episodes < 1 or not lr > 0: raise ValueError(f"a stage needs episodes and a learning rate above 0, got '{s}'")
-    return size, episodes, lr
+    from medseg_nb.fmiseg.learner import Stage
+    return Stage(size, episodes, lr, load=load)
 
 def _packs_index():
     from medseg_nb.fmiseg.learner import packs_index
@@ -110,7 +122,7 @@ def train_fmiseg(out:Out,
                  index:Indexes=None,
                  packs:Annotated[bool, typer.Option('--packs', help='Add the sample packs, as for the embedded model.')]=False,
                  encoder:Annotated[str, typer.Option(help='Text encoder: tiny, biomedclip, or what else load_encoder takes.')]='tiny',
-                 stage:Annotated[list[str]|None, typer.Option(help='SIZE,EPISODES,LR; may be repeated; none: as the embedded model.')]=None,
+                 stage:Annotated[list[str]|None, typer.Option(help='SIZE,EPISODES,LR, or SIZE@LOAD,EPISODES,LR for windows of SIZE cut from squares of LOAD pixels; may be repeated; none: as the embedded model.')]=None,
                  bs:Batch=8, seed:Seed=0,
                  fresh:Fresh=False, device:Device=None):
     "Train an FMISeg and write it as a model folder."

@@ -35,10 +35,10 @@ def finetune(out:Out,
     folder = check_out(out)
     if not lr > 0: raise ValueError(f"--lr must be above 0, got {lr:g}")
     check_encoder(encoder, 'fine-tuning')
-    from medseg_nb.clip import finetune as tuning
+    from medseg_nb.clip import finetune as tuning, tiny
     tuning.make_clip_loss(loss, tau=tau)
-    df = read_tables(index, tuning.read_pairs, tuning.clip_packs if packs else None)
-    kw, start = dict(weights=tuning.CLIP_PACKS) if packs and not index else {}, time.perf_counter()
+    df = read_tables(index, tuning.read_pairs, tiny.clip_packs if packs else None)
+    kw, start = dict(weights=tiny.CLIP_PACKS) if packs and not index else {}, time.perf_counter()
     with no_empty_folder(folder):
         tuning.finetune_clip(df, folder, encoder, loss, tau, epochs, pairs, bs, lr, vision=vision, text=text, flips=flips, seed=seed, half=half,
                              resume=not fresh, device=device, progress=partial(print, flush=True), **kw)

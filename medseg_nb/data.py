@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_index', 'split_groups', 'make_episodes', 'byte_cache', 'load_square', 'dihedral', 'TensorMasks', 'TensorPrompt',
-           'Prompts', 'ImageGetter', 'MasksGetter', 'get_prompts', 'Tokenize', 'PromptBlock', 'ToUnit', 'random_affine',
-           'random_light', 'JointAugment', 'prompt_block', 'prompt_dls']
+           'Prompts', 'cut_window', 'ImageGetter', 'MasksGetter', 'get_prompts', 'Tokenize', 'PromptBlock', 'ToUnit',
+           'random_affine', 'random_light', 'JointAugment', 'prompt_block', 'prompt_dls']
 
 # %% ../nbs/02_data.ipynb #c002
 import os, random
@@ -74,10 +74,12 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   words:float=.5, # Probability of a synonym
                   weights:dict|None=None, # Relative weight of a pack, by the value of column `pack`
                   flips:bool=True, # Mirror and turn
+                  near:float=1., # Side of the smallest window, as a part of the image's; 1: always the whole image
                   seed:int=0 # Of everything drawn
-                 ) -> pd.DataFrame: # Columns image, k, texts, masks, valid
+                 ) -> pd.DataFrame: # Columns image, k, window, texts, masks, valid
     "Draw training episodes from the rows of `split` 'train', and one plain episode for each row of 'val'."
     rng, train = random.Random(seed), df[df['split'] == 'train']
+    if not 0 < near <= 1: raise ValueError(f"near is a part of the image's side, above 0 and at most 1, got {near}")
     if train.empty: raise ValueError(f"no row has split 'train'; splits are {', '.join(sorted(df['split'].unique()))}")
     images = [dict(image=i, rows=list(zip(g['text'], g['mask'])), realm=realm(g['modality'].iloc[0]),
                    pack=g['pack'].iloc[0] if 'pack' in g else '')
@@ -86,11 +88,18 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
     size = pd.Series([m['pack'] for m in images]).value_counts()
     w = [(weights or {}).get(m['pack'], 1.)/(size[m['pack']] if weights else 1) for m in images]
     order = rng.choices(images, w, k=n) if n else images
-    rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, rng) for m in order]
-    rows += [dict(image=r.image, k=0, texts=[r.text], masks=[r.mask], valid=True) for r in df[df['split'] == 'val'].itertuples()]
+    rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, near, rng) for m in order]
+    rows += [dict(image=r.image, k=0, window=(0., 0., 1.), texts=[r.text], masks=[r.mask], valid=True) for r in df[df['split'] == 'val'].itertuples()]
     return pd.DataFrame(rows)
 
-def _episode(m, absent, prompts, negatives, words, flips, rng):
+def _window(kind, near, rng):
+    "Top, left and side of a square, as parts of the image's side."
+    if near == 1: return 0., 0., 1.
+    least = max(near, .75) if kind == 'sided' else near
+    side = rng.uniform(least, 1) if rng.random() < .5 else 1. if kind == 'sided' else least
+    return rng.uniform(0, 1-side), rng.uniform(0, 1-side), side
+
+def _episode(m, absent, prompts, negatives, words, flips, near, rng):
     todo, out, k = [], [], _dihedral(_turnable(m), rng) if flips else 0
     for j in range(prompts):
         if j and absent and rng.random() < negatives: out.append((rng.choice(ABSENT if rng.random() < .2 else absent), '')); continue
@@ -98,7 +107,7 @@ def _episode(m, absent, prompts, negatives, words, flips, rng):
         out.append(todo.pop())
     texts = [paraphrase(t, rng, words) for t,_ in out]
     if k % 2: texts = [mirror_prompt(t) for t in texts]
-    return dict(image=m['image'], k=k, texts=texts, masks=[p for _,p in out], valid=False)
+    return dict(image=m['image'], k=k, window=_window(_turnable(m), near, rng), texts=texts, masks=[p for _,p in out], valid=False)
 
 # %% ../nbs/02_data.ipynb #c028
 def byte_cache(limit:int # Bytes of the tensors to keep
@@ -166,16 +175,31 @@ class Prompts(list):
         return ctx
 
 # %% ../nbs/02_data.ipynb #c039
+def cut_window(x:Tensor, # (C, S, S) uint8
+               window, # Top, left and side as parts of S
+               size:int # Side of the result
+              ) -> Tensor: # (C, size, size) uint8
+    "A square window of a square, resized by area."
+    s = x.shape[-1]
+    n = max(1, round(window[2]*s))
+    i, j = (min(round(v*s), s-n) for v in window[:2])
+    x = x[:, i:i+n, j:j+n]
+    if n == size: return x
+    return F.interpolate(x[None].float(), (size, size), mode='bilinear', antialias=True, align_corners=False)[0].round().clamp(0, 255).to(torch.uint8)
+
 class _Getter:
-    def __init__(self, size): self.size = size
+    def __init__(self, size, # Side of what training sees
+                 load=None # Side of the square that windows are cut from, and of what validation sees; None: `size`
+                ): self.size, self.load = size, load or size
+    def see(self, path, r, mask=False):
+        x = load_square(path, self.load, mask) if path else torch.zeros(1, self.load, self.load, dtype=torch.uint8)
+        return x if r.get('valid') else cut_window(x, r.get('window', (0, 0, 1)), self.size)
 class ImageGetter(_Getter):
     "The image of an episode, turned as it says."
-    def __call__(self, r): return TensorImage(dihedral(load_square(r['image'], self.size), r['k']))
+    def __call__(self, r): return TensorImage(dihedral(self.see(r['image'], r), r['k']))
 class MasksGetter(_Getter):
     "The masks of an episode; an absent target is all zero."
-    def __call__(self, r):
-        none = torch.zeros(1, self.size, self.size, dtype=torch.uint8)
-        return TensorMasks(dihedral(torch.cat([load_square(m, self.size, True) if m else none for m in r['masks']]), r['k']))
+    def __call__(self, r): return TensorMasks(dihedral(torch.cat([self.see(m, r, True) for m in r['masks']]), r['k']))
 def get_prompts(r) -> Prompts:
     "The prompts of an episode."
     return Prompts(r['texts'])
@@ -252,19 +276,20 @@ class JointAugment(ItemTransform):
 def prompt_block(encoder, # Text encoder whose tokens the model reads
                  size:int=256, # Side of the square in pixels
                  max_tokens:int=24, # Longest text
-                 augment:bool=True # Random affine and light in training
+                 augment:bool=True, # Random affine and light in training
+                 load:int|None=None # Side of the square that windows of `size` are cut from; validation sees it whole; None: `size`
                 ) -> DataBlock: # Takes a table of episodes
     "The `DataBlock` for episodes: image and prompts in, masks out."
     return DataBlock(blocks=(TransformBlock(), PromptBlock(encoder, max_tokens), TransformBlock()), n_inp=2,
-                     getters=[ImageGetter(size), get_prompts, MasksGetter(size)], splitter=_by_valid,
+                     getters=[ImageGetter(size, load), get_prompts, MasksGetter(size, load)], splitter=_by_valid,
                      batch_tfms=[ToUnit()] + ([JointAugment()] if augment else []))
 
 def _by_valid(df): return IndexSplitter(np.flatnonzero(df['valid']))(df)
 
 def prompt_dls(episodes:pd.DataFrame, # From `make_episodes`
-               encoder, size:int=256, bs:int=8, max_tokens:int=24, augment:bool=True, **kwargs) -> DataLoaders:
+               encoder, size:int=256, bs:int=8, max_tokens:int=24, augment:bool=True, load:int|None=None, **kwargs) -> DataLoaders:
     "fastai `DataLoaders` of episodes."
-    return prompt_block(encoder, size, max_tokens, augment).dataloaders(episodes, bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
+    return prompt_block(encoder, size, max_tokens, augment, load).dataloaders(episodes, bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
 
 # %% ../nbs/02_data.ipynb #c064
 @show_batch.dispatch

@@ -122,7 +122,8 @@ def _steps(texts, most):
 
 @patch
 def _decode(self:FMISegSegmenter, maps:dict, # From `FMISeg.encode`
-            texts:list # A list of texts for each image
+            texts:list, # A list of texts for each image
+            priors:list|None=None # For each image (P, side, side) in [0, 1], for a model that takes a prior
            ) -> list: # For each image: maps (P, side, side) in [0, 1] and scores (P,) or None
     "All maps of one batch, a bounded number at a time."
     out = [([], []) for _ in texts]
@@ -130,7 +131,8 @@ def _decode(self:FMISegSegmenter, maps:dict, # From `FMISeg.encode`
         chunk = [texts[i][j:j+k] for i in rows]
         f = self.model.encoder.encode_text([t for c in chunk for t in c + c[-1:]*(k-len(c))])
         part = maps if len(rows) == len(texts) else {n: [m[rows] for m in ms] for n,ms in maps.items()}
-        o = self.model.net.decode(part, f.tokens.unflatten(0, (-1, k)), f.mask.unflatten(0, (-1, k)))
+        s = None if priors is None else torch.stack([priors[i][[min(n, len(texts[i])-1) for n in range(j, j+k)]] for i in rows]).to(self.device)
+        o = self.model.net.decode(part, f.tokens.unflatten(0, (-1, k)), f.mask.unflatten(0, (-1, k)), s)
         prob, score = (None if t is None else t.float().sigmoid().cpu() for t in (o.mask, o.presence))
         for r,(i, c) in enumerate(zip(rows, chunk)):
             out[i][0].append(prob[r, :len(c)])
@@ -138,10 +140,16 @@ def _decode(self:FMISegSegmenter, maps:dict, # From `FMISeg.encode`
     return [(torch.cat(p), torch.cat(s) if s else None) for p,s in out]
 
 @patch
+def _priors(self:FMISegSegmenter, images, texts):
+    "For each image (P, size, size) in [0, 1]; None where the words are all there is."
+    return None
+
+@patch
 def _batch(self:FMISegSegmenter, images, prompts, texts):
     squares, boxes = zip(*(letterbox(im.x, self.size) for im in images))
+    priors = self._priors(images, texts)
     with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-        found = self._decode(self.model.net.encode(torch.stack(squares).to(self.device)), texts)
+        found = self._decode(self.model.net.encode(torch.stack(squares).to(self.device)), texts, priors)
     return [self._finish(im, ps, box, *f) for im,ps,box,f in zip(images, prompts, boxes, found)]
 
 @patch

@@ -87,6 +87,41 @@ def test_segment_checks_the_call(run, model, says, args):
     base = dict(zip(('--prompt', '--model', '--out'), ('disc', str(model), 'out')))
     refused(run, says, 'segment', 'a.png', *args, *(o for k,v in base.items() if k not in args for o in (k, v)))
 
+@pytest.mark.parametrize('says,args', [
+    ("unknown mode 'zeroshoot'. Did you mean 'zeroshot'? Options: text, prior, zeroshot", ('--mode', 'zeroshoot')),
+    ('train one with medseg_nb.fmiseg.prior.train_prior', ('--mode', 'prior')), ('class FMISeg, which has no image tower', ('--mode', 'zeroshot')),
+    ("unknown encoder 'tinny'. Did you mean 'tiny'?", ('--mode', 'zeroshot', '--model', 'tinny')), ('no folder', ('--mode', 'zeroshot', '--model', 'no/such')),
+    ("mode 'text' makes no maps", ('--encoder', 'tiny')), ('the model is the encoder', ('--mode', 'zeroshot', '--encoder', 'tiny', '--model', 'tiny'))])
+def test_segment_checks_the_mode(run, model, says, args):
+    picture('a.png')
+    refused(run, says, 'segment', 'a.png', '--prompt', 'disc', '--out', 'out', *args, *(() if '--model' in args else ('--model', str(model))))
+
+@pytest.mark.parametrize('flag', ['--uncertainty', '--tta'])
+def test_uncertainty(run, model, flag):
+    picture('a.png', (33, 50))
+    for out,more in (('plain', ()), ('out', (flag,))):
+        assert run('segment', 'a.png', '--prompt', 'left lung', '--model', model, '--out', out, *more)[0] == 0
+    [plain], [e] = report('plain')['results'], report()['results']
+    assert 'uncertainty' not in plain and png(f"out/{e['uncertainty']}").dtype == np.uint16 and png(f"out/{e['uncertainty']}").shape == (33, 50)
+    if flag == '--uncertainty': assert e['area_fraction'] == plain['area_fraction'] and e.get('score') == plain.get('score')
+
+def test_zero_shot(run):
+    picture('a.png', (33, 50))
+    code, out, err = run('segment', 'a.png', '--prompt', 'left lung', '--prompt', 'optic disc', '--mode', 'zeroshot', '--out', 'out')
+    assert code == 0 and not err
+    for e,p in zip(report()['results'], ('left lung', 'optic disc')):
+        assert e['prompt'] == p and 'score' not in e and png(f"out/{e['mask']}").shape == (33, 50) and png(f"out/{e['probability']}").dtype == np.uint16
+
+def test_prior_mode(run, tmp_path):
+    from medseg_nb.clip.saliency import encoder_fingerprint
+    with seeded(1): m = PromptedFMISeg(FMISeg(**TINY, prior='concat'), load_encoder('tiny', pretrained=False), train_text=True)
+    m.save_pretrained(tmp_path/'mapped', size=64, prior=dict(encoder='tiny', fingerprint=encoder_fingerprint(load_encoder('tiny')), method='gradient', settings={}))
+    picture('a.png')
+    code, out, err = run('segment', 'a.png', '--prompt', 'left lung', '--model', 'mapped', '--mode', 'prior', '--out', 'out')
+    assert code == 0 and not err and 'score' in report()['results'][0]
+    code, out, err = run('segment', 'a.png', '--prompt', 'left lung', '--model', 'mapped', '--out', 'text')
+    assert code == 0 and len(err) == 1 and err[0].startswith('medseg: warning: ') and "mode 'prior' makes them" in err[0]
+
 def bad_images():
     return dict(text=('text.png', lambda p: Path(p).write_text('hello'), 'cannot identify'), none=('none.png', lambda p: None, "no file or folder 'none.png'"),
                 empty=('empty.png', lambda p: Path(p).touch(), '0 bytes'), folder=('bare', lambda p: Path(p).mkdir(), 'no images in'),
@@ -294,9 +329,9 @@ def test_train(run, cases, monkeypatch):
     seen = {}
     def train_fmiseg(df, out, **kw): seen.update(kw, rows=len(df), packs=set(df['pack'])); Path(out).mkdir(); kw['progress']('one line')
     monkeypatch.setattr(learner, 'train_fmiseg', train_fmiseg, raising=False)
-    code, out, err = run('train', 'fmiseg', '--index', cases, '--out', 'model', '--stage', '64,32,1e-3', '--stage', '96,16,5e-4', '--bs', '4', '--seed', '3', '--fresh')
+    code, out, err = run('train', 'fmiseg', '--index', cases, '--out', 'model', '--stage', '64@128,32,1e-3', '--stage', '96,16,5e-4', '--bs', '4', '--seed', '3', '--fresh')
     assert code == 0 and not err and out.startswith('one line') and report('model')['results'][0]['model'] == '.'
-    assert seen['stages'] == ((64, 32, .001), (96, 16, .0005)) and (seen['bs'], seen['seed'], seen['resume'], seen['rows']) == (4, 3, False, 6) and seen['packs'] == {'d'}
+    assert [s[:3] + s[-1:] for s in seen['stages']] == [(64, 32, .001, 128), (96, 16, .0005, None)] and (seen['bs'], seen['seed'], seen['resume'], seen['rows']) == (4, 3, False, 6) and seen['packs'] == {'d'}
     refused(run, 'nothing to train on', 'train', 'fmiseg', '--out', 'no')
     refused(run, 'a stage', 'train', 'fmiseg', '--index', cases, '--out', 'no', '--stage', '64,32')
     refused(run, "got 'open_clip:ViT-B-32/openai'", 'train', 'fmiseg', '--index', cases, '--out', 'no', '--encoder', 'open_clip:ViT-B-32/openai')

@@ -60,11 +60,13 @@ def test_groups_stay_together(n, valid, seed):
     assert df.groupby('group')['split'].nunique().max() == 1 and 'val' in set(df['split'])
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.integers(0, 2**31), st.integers(1, 4), st.floats(0, 1), st.booleans())
-def test_episodes_keep_words_and_masks_together(pack, seed, prompts, negatives, flips):
+@given(st.integers(0, 2**31), st.integers(1, 4), st.floats(0, 1), st.booleans(), st.floats(.1, 1))
+def test_episodes_keep_words_and_masks_together(pack, seed, prompts, negatives, flips, near):
     df = read_index(pack)
     own = df.groupby('image').apply(lambda g: dict(zip(g['mask'], g['text'])), include_groups=False)
-    for r in make_episodes(df, 20, prompts, negatives, words=0., flips=flips, seed=seed).query('not valid').itertuples():
+    for r in make_episodes(df, 20, prompts, negatives, words=0., flips=flips, near=near, seed=seed).query('not valid').itertuples():
+        y, x, side = r.window
+        assert min(y, x) >= 0 and near <= side and max(y, x)+side <= 1+1e-9
         assert len(r.texts) == len(r.masks) == prompts and r.masks[0]
         for t,m in zip(r.texts, r.masks):
             t = mirror_prompt(t) if r.k % 2 else t

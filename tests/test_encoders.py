@@ -4,7 +4,7 @@ from pathlib import Path
 import huggingface_hub, pytest, torch
 from safetensors.torch import save_file
 import medseg_nb
-from medseg_nb.clip.biomedclip import ClipEncoder, TextFeatures, load_encoder, read_tokenizer, save_encoder, tiny_config
+from medseg_nb.clip.biomedclip import ClipEncoder, TextFeatures, biomedclip_config, load_encoder, read_tokenizer, save_encoder, tiny_config
 
 tiny = Path(medseg_nb.__file__).parent/'weights/tiny_clip'
 shared = Path(__file__).resolve().parents[2]/'shared/weights/tokenizers_and_configs'
@@ -27,7 +27,7 @@ def enc():
 def released(tmp_path):
     "A small model in BiomedCLIP's layout, with the weights it was written from."
     torch.manual_seed(1)
-    cfg = dict(tiny_config(), embed_dim=24, context_length=64, vit=dict(tiny_config()['vit'], **sizes['vit']),
+    cfg = dict(tiny_config(), embed_dim=24, context_length=64, vit=dict(biomedclip_config()['vit'], **sizes['vit']),
                bert=dict(tiny_config()['bert'], vocab_size=30522, max_position_embeddings=512, **sizes['bert']))
     source = ClipEncoder(read_tokenizer(tiny/'vocab.txt', 64), **cfg).eval()
     folder = tmp_path/'released'; folder.mkdir()

@@ -8,6 +8,8 @@ from medseg_nb.clip.biomedclip import load_encoder
 from medseg_nb.core import MedImage, ImageMeta, seeded
 from medseg_nb.fmiseg.learner import PromptedFMISeg
 from medseg_nb.fmiseg.model import FMISeg, TINY
+from medseg_nb.modes import PriorSegmenter, ZeroShotSegmenter, load_mode
+from medseg_nb.clip.saliency import encoder_fingerprint
 from medseg_nb.segment import FMISegSegmenter, check_segmenter, list_segmenters, load_segmenter, register_segmenter
 
 @pytest.fixture(scope='module')
@@ -117,3 +119,52 @@ def test_hub_without_network():
     with mock.patch('huggingface_hub.snapshot_download', side_effect=OSError('offline')) as f:
         with pytest.raises(ConnectionError, match="could not download 'me/model'"): load_segmenter('hf-hub:me/model', revision='abc')
     assert f.call_args.kwargs['revision'] == 'abc'
+
+@pytest.fixture(scope='module')
+def eye(): return load_encoder('tiny')
+
+@pytest.fixture(scope='module')
+def mapped(tmp_path_factory, eye):
+    "A folder with a model that takes maps, as `train_prior` writes it."
+    f = tmp_path_factory.mktemp('mapped')
+    with seeded(0): m = PromptedFMISeg(FMISeg(**TINY, prior='gate'), load_encoder('tiny', pretrained=False), train_text=True)
+    m.save_pretrained(f, size=64, half=False, prior=dict(encoder='tiny', fingerprint=encoder_fingerprint(eye), method='gradient', settings=dict(layer=1)))
+    return f
+
+def test_prior_mode_reads_its_config(mapped, eye):
+    segment, xs = load_mode(mapped, 'prior', device='cpu'), images((64, 64), (50, 91))
+    assert isinstance(segment, PriorSegmenter) and (segment.method, segment.settings) == ('gradient', dict(size=224, layer=1))
+    prompts = [['left lung', 'the left lung', 'polyp'], ['optic disc']]
+    got = check_segmenter(segment, xs, prompts)
+    few = PriorSegmenter(segment.model, eye, size=64, bs=1, max_maps=1, device='cpu')(xs, prompts)
+    for a,b in zip(got, few): torch.testing.assert_close(a.prob, b.prob, atol=1e-4, rtol=0)
+    for one in (load_mode(mapped, 'prior', 'tiny', device='cpu'), load_mode(mapped, 'prior', eye, device='cpu')): assert one.eye.image_size == 224
+
+def test_map_changes_the_answer(mapped, eye):
+    segment, x = load_mode(mapped, 'prior', device='cpu'), images((64, 64))[0]
+    assert (segment(x, 'polyp')[0].prob - PriorSegmenter(segment.model, eye, 'nib', {}, size=64, device='cpu')(x, 'polyp')[0].prob).abs().max() > 1e-5
+
+def test_zero_shot_keeps_the_contract(eye):
+    segment = ZeroShotSegmenter(eye, method='gradient', size=64, device='cpu')
+    xs = images((64, 64), (50, 131), (9, 7))
+    for s,x in zip(check_segmenter(segment, xs, [['left lung'], ['optic disc', 'polyp'], ['polyp']]), xs): assert s.score is None and s.image.equal(x)
+    assert segment(np.zeros((40, 50), np.uint8), 'left lung')[0].prob.shape == (1, 40, 50)
+    for bad,match in (('', 'empty prompt'), ('?!', 'holds no word'), ([], 'no prompt')):
+        with pytest.raises(ValueError, match=match): segment(xs[:1], bad)
+    with pytest.raises(ValueError, match='takes no boxes'): segment(xs[:1], 'polyp', boxes=[(0, 0, 1, 1)])
+
+@pytest.mark.parametrize('kw,match', [
+    (dict(mode='zero-shot'), "unknown mode 'zero-shot'. Did you mean 'zeroshot'"), (dict(mode=''), 'unknown mode'),
+    (dict(mode='prior'), 'train one with'), (dict(mode='zeroshot', name='tinny'), "unknown encoder 'tinny'. Did you mean 'tiny'"),
+    (dict(name='tinny'), "unknown model 'tinny'"), (dict(name='tinny', mode='prior'), "unknown model 'tinny'"), (dict(name='no/such', mode='zeroshot'), 'no folder'),
+    (dict(encoder='tiny'), "mode 'text' makes no maps"), (dict(mode='zeroshot', encoder='tiny'), 'the model is the encoder'),
+    (dict(mode='zeroshot', threshold=2), 'threshold'), (dict(mode='zeroshot', method='m2bi'), "Did you mean 'm2ib'"), (dict(mode='zeroshot', size=8), 'at least 32')])
+def test_modes_refuse(kw, match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match): load_mode(**kw, device='cpu')
+
+def test_modes_refuse_what_does_not_fit(folder, mapped, eye):
+    with pytest.raises(ValueError, match='class FMISeg, which has no image tower'): load_mode(folder, 'zeroshot')
+    with pytest.raises(ValueError, match='train one with'): load_mode(folder, 'prior')
+    with pytest.raises(ValueError, match='has none'): ZeroShotSegmenter(eye.text)
+    with pytest.raises(ValueError, match='this encoder has other weights'): load_mode(mapped, 'prior', load_encoder('tiny', pretrained=False))
+    with pytest.warns(UserWarning, match="mode 'prior' makes them"): load_mode(mapped, device='cpu')

@@ -33,9 +33,11 @@ def biomedclip_config() -> dict: # Arguments of `ClipEncoder`
     return dict(embed_dim=512, image_size=224, context_length=256, vit=dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
                 bert=_bert(12, 768, 12, 3072, 30522, 512), **_clip_stats)
 
+_pooled = dict(class_token=False, reg_tokens=4, global_pool='avg', fc_norm=False)
+
 def tiny_config() -> dict: # Arguments of `ClipEncoder`
     "The sizes of `tiny`, the same model in small."
-    return dict(embed_dim=128, image_size=224, context_length=128, vit=dict(patch_size=16, embed_dim=128, depth=4, num_heads=4),
+    return dict(embed_dim=128, image_size=224, context_length=128, vit=dict(patch_size=16, embed_dim=128, depth=4, num_heads=4, **_pooled),
                 bert=_bert(2, 128, 4, 256, 1904, 128), **_clip_stats)
 
 # %% ../../nbs/11_clip.biomedclip.ipynb #c008

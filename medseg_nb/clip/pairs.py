@@ -124,7 +124,7 @@ _PLACE = re.compile(r'\b(left|right|upper|lower|top|bottom|above|below|superior|
 def _turn(m, rng): return rng.randrange(8) if m['realm'] in FREE and not m['placed'] else rng.randrange(2)
 
 # %% ../../nbs/13a_clip.pairs.ipynb #c028
-KINDS = dict(whole=1., crop=1., region=2.)
+KINDS = dict(whole=1., crop=1., region=2., scene=0.)
 PAIR = 'image', 'mask', 'kind', 'window', 'fade', 'rim', 'k', 'text', 'same', 'valid'
 
 def _image(i, g):
@@ -133,7 +133,7 @@ def _image(i, g):
     return dict(image=i, rows=rows, reports=reports, realm=realm(g['modality'].iloc[0]), pack=g['pack'].iloc[0] if 'pack' in g else '',
                 placed=any(_PLACE.search(t) for t in [t for t,_ in rows] + reports))
 
-def _usable(m, kinds): return bool(kinds.get('whole') and m['reports'] or (kinds.get('crop') or kinds.get('region')) and any(target_box(p) for _,p in m['rows']))
+def _usable(m, kinds): return bool(kinds.get('whole') and m['reports'] or any(kinds.get(k) for k in ('crop', 'region', 'scene')) and any(target_box(p) for _,p in m['rows']))
 
 def _drawn(m, kinds, words, flips, rng):
     rows, k = [r for r in m['rows'] if target_box(r[1])], _turn(m, rng) if flips else 0
@@ -160,7 +160,7 @@ def _plain(g):
 
 def make_pairs(df:pd.DataFrame, # From `read_pairs`, with a column `split`
                n:int|None=None, # Training pairs; None: one per image
-               kinds:dict=KINDS, # Shares of 'whole', 'crop' and 'region'
+               kinds:dict=KINDS, # Shares of 'whole', 'crop', 'region' and 'scene'
                words:float=.5, # Probability of a synonym in a prompt
                weights:dict|None=None, # Relative weight of a pack, by the value of column `pack`
                flips:bool=True, # Mirror and turn
@@ -183,7 +183,7 @@ class TensorSame(TensorBase):
     "Equal where two texts mean the same."
     def show(self, ctx=None, **kwargs): return ctx
 class TensorWhere(TensorBase):
-    "What part of each cell of a grid (h, w) the text is about, in [0, 1]; -1 where nobody knows."
+    "What part of each cell of a grid (h, w) the text is about, in [0, 1]; -1 where nobody knows; 2 more in a scene."
     def show(self, ctx=None, **kwargs): return ctx
 
 class PairImage:
@@ -205,7 +205,7 @@ class PairWhere:
     def __call__(self, r):
         if not r['mask']: return TensorWhere(torch.full(self.grid, -1.))
         m = dihedral(cut(r['mask'], r['window'], self.size, True), r['k'])
-        return TensorWhere(F.adaptive_avg_pool2d(m.float()/255, self.grid)[0])
+        return TensorWhere(F.adaptive_avg_pool2d(m.float()/255, self.grid)[0] + 2*(r['kind'] == 'scene'))
 
 class Light(Transform):
     "Random light in training."

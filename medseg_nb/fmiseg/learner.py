@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from torch import Tensor
 import fastai.callback.fp16, fastai.callback.schedule
 from ..core import atomic_write, best_device, load_checked, load_model_folder, save_model_folder, seeded
-from ..data import get_pack, make_episodes, prompt_dls, read_index, split_groups
+from ..data import make_episodes, prompt_dls, read_index, split_groups
+from ..packs import MISPLACED, get_pack
 from ..losses import DiceBCELoss
 from ..metrics import MeanDice
 from ..clip.biomedclip import ClipEncoder, load_encoder
@@ -154,22 +155,24 @@ class _Tell(Callback):
 def _history(learn, stage): return [dict(stage=stage, epoch=i+1, **dict(zip(learn.recorder.metric_names[1:-1], v))) for i,v in enumerate(learn.recorder.values)]
 
 class Stage(NamedTuple):
-    "A part of a run at one image size."
+    "A part of a run at one image size; `load` / `size` is how much nearer its windows may go."
     size: int              # Side in pixels, a multiple of 32
     episodes: int          # How many are seen
     lr: float              # Highest learning rate of the one-cycle schedule
     bs: int|None = None    # Images of a batch; None: that of the run
     per_epoch: int = 1600  # Episodes of an epoch
     weights: dict = {}     # Shares of packs that differ in this stage
+    load: int|None = None  # Side of the square that windows of `size` are cut from; None: images are seen whole
 
 def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, resume, progress, device):
     epochs, weights, bs = max(1, round(s.episodes/s.per_epoch)), {**weights, **s.weights} if weights else None, s.bs or bs
     n = round(s.episodes/epochs)
+    if s.load and s.load < s.size: raise ValueError(f"stage {k+1} cuts windows of {s.size} pixels from squares of {s.load}")
     if n < bs: raise ValueError(f"stage {k+1} has {n} episodes an epoch, fewer than one batch of {bs}")
     with seeded(seed + k):
-        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, seed=seed + k)
+        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, near=s.size/(s.load or s.size), seed=seed + k)
         tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, net.args)).encode()).hexdigest()
-        dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, device=device)
+        dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, load=s.load, device=device)
         cbs = [_Tell(progress, k+1), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume else [])]
         learn = fmiseg_learner(dls, net, encoder, train_text, ema=.998, lr=s.lr, wd=.02, cbs=cbs)
         if device.type == 'cuda': learn.to_bf16()
@@ -207,7 +210,7 @@ def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a f
         learn = _stage(k, Stage(*s), df, net, enc, out, bs, seed, weights, train_text, resume, progress, device)
         history += _history(learn, k+1)
     model = learn.model.cpu().eval()
-    model.save_pretrained(out, encoder=encoder, size=Stage(*s).size, own_text=encoder == 'tiny', seed=seed, stages=[list(Stage(*s)) for s in stages])
+    model.save_pretrained(out, encoder=encoder, size=Stage(*s).load or Stage(*s).size, own_text=encoder == 'tiny', seed=seed, stages=[list(Stage(*s)) for s in stages])
     with atomic_write(out/'history.csv') as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
     _forget(out)
     return model
@@ -227,8 +230,9 @@ PACKS = dict(cxr_lungs=.26, fundus=.28, nuclei=.15, histo_lymph_node=.13, breast
 
 def packs_index(packs=tuple(PACKS) # Names for `get_pack`
                ) -> pd.DataFrame: # With a column `pack`
-    "The openly licensed packs as one index; of a pack too small for splits every fourth image is held back as 'test'."
+    "The openly licensed packs as one index, without `MISPLACED`; of a pack too small for splits every fourth image is held back as 'test'."
     df = pd.concat([read_index(get_pack(p)/'index.csv').assign(pack=p) for p in packs], ignore_index=True)
+    df = df[(df['split'] != 'train') | ~df['image'].str.endswith(MISPLACED)].reset_index(drop=True)
     for p,g in df[df['split'] == 'demo'].groupby('pack'):
         held = sorted(g['image'].unique())[::4]
         df.loc[g.index, 'split'] = ['test' if i in held else 'train' for i in g['image']]
