@@ -24,6 +24,7 @@ import medseg_nb.cli_clip
 def segment(image:Images, prompt:Prompts, out:Out, model:Model='tiny',
             mode:Annotated[str, typer.Option(help='text: a model alone; prior: with saliency maps; zeroshot: maps alone, --model names an encoder.')]='text',
             encoder:Annotated[str|None, typer.Option(help="Of mode prior, makes the maps; the one of the model's training if not given.")]=None,
+            method:Annotated[str|None, typer.Option(help='Of saliency in the modes prior and zeroshot: m2ib, nib, gradient, gradcam.')]=None,
             uncertainty:Annotated[bool, typer.Option('--uncertainty', help='Write maps of uncertainty too: entropy in bits.')]=False,
             views:Annotated[bool, typer.Option('--tta', help='Mean of four views, mirrored and smaller, with their uncertainty.')]=False,
             threshold:Threshold=None, window:Window=None, index:Slice=None, frame:Frame=None, device:Device=None, bs:Batch=8):
@@ -33,7 +34,7 @@ def segment(image:Images, prompt:Prompts, out:Out, model:Model='tiny',
     paths, prompts = read_call(image, prompt)
     from medseg_nb.batch import read_slices
     from medseg_nb.modes import load_mode
-    segmenter = load_mode(model, mode, encoder, device=device, bs=bs)
+    segmenter = load_mode(model, mode, encoder, device, method=method, bs=bs)
     if uncertainty or views:
         from medseg_nb.uncertainty import Ensemble, tta
         segmenter = tta(segmenter) if views else Ensemble([segmenter])

@@ -148,6 +148,7 @@ def load_mode(name='tiny', # Of a model, as for `load_segmenter`; in mode 'zeros
               encoder=None, # Makes the maps of mode 'prior', a name or an encoder; None: the one the model's config names
               device=None, # Where to; None: the best there is
               revision:str|None=None, # Commit, tag or branch of a hub id
+              method:str|None=None, # Of saliency, in the modes that make maps; None: that of training, or 'm2ib'
               **kwargs # For the segmenter, e.g. `threshold`
              ): # Callable `(images, prompts, boxes=None) -> list[Segmentation]`
     "A segmenter by name and mode."
@@ -155,6 +156,9 @@ def load_mode(name='tiny', # Of a model, as for `load_segmenter`; in mode 'zeros
     if encoder is not None and mode != 'prior':
         why = "mode 'text' makes no maps" if mode == 'text' else "in mode 'zeroshot' the model is the encoder"
         raise ValueError(f"an encoder beside the model is for mode 'prior'; {why}")
+    if method is not None:
+        if mode == 'text': raise ValueError(f"a saliency method is for the modes 'prior' and 'zeroshot'; mode 'text' makes no maps")
+        kwargs['method'] = method
     if mode == 'prior': return _prior(name, encoder, revision, device=device, **kwargs)
     if mode == 'zeroshot': return ZeroShotSegmenter(_eyes(name), device=device, **kwargs)
     segmenter = load_segmenter(name, device, revision, **kwargs)

@@ -91,7 +91,8 @@ def test_segment_checks_the_call(run, model, says, args):
     ("unknown mode 'zeroshoot'. Did you mean 'zeroshot'? Options: text, prior, zeroshot", ('--mode', 'zeroshoot')),
     ('train one with medseg_nb.fmiseg.prior.train_prior', ('--mode', 'prior')), ('class FMISeg, which has no image tower', ('--mode', 'zeroshot')),
     ("unknown encoder 'tinny'. Did you mean 'tiny'?", ('--mode', 'zeroshot', '--model', 'tinny')), ('no folder', ('--mode', 'zeroshot', '--model', 'no/such')),
-    ("mode 'text' makes no maps", ('--encoder', 'tiny')), ('the model is the encoder', ('--mode', 'zeroshot', '--encoder', 'tiny', '--model', 'tiny'))])
+    ("mode 'text' makes no maps", ('--encoder', 'tiny')), ("mode 'text' makes no maps", ('--method', 'nib')),
+    ("unknown saliency method 'gradcan'. Did you mean 'gradcam'?", ('--mode', 'zeroshot', '--model', 'tiny', '--method', 'gradcan')), ('the model is the encoder', ('--mode', 'zeroshot', '--encoder', 'tiny', '--model', 'tiny'))])
 def test_segment_checks_the_mode(run, model, says, args):
     picture('a.png')
     refused(run, says, 'segment', 'a.png', '--prompt', 'disc', '--out', 'out', *args, *(() if '--model' in args else ('--model', str(model))))
@@ -107,7 +108,7 @@ def test_uncertainty(run, model, flag):
 
 def test_zero_shot(run):
     picture('a.png', (33, 50))
-    code, out, err = run('segment', 'a.png', '--prompt', 'left lung', '--prompt', 'optic disc', '--mode', 'zeroshot', '--out', 'out')
+    code, out, err = run('segment', 'a.png', '--prompt', 'left lung', '--prompt', 'optic disc', '--mode', 'zeroshot', '--method', 'gradcam', '--out', 'out')
     assert code == 0 and not err
     for e,p in zip(report()['results'], ('left lung', 'optic disc')):
         assert e['prompt'] == p and 'score' not in e and png(f"out/{e['mask']}").shape == (33, 50) and png(f"out/{e['probability']}").dtype == np.uint16
