@@ -10,14 +10,14 @@ import inspect, json, warnings
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .core import MedImage, Segmentation, best_device, fit, prompts_per_image, unknown
+from .core import MedImage, Segmentation, best_device, fit, unknown
 from .clip.biomedclip import Encoder, list_encoders, load_encoder
 from .clip.m2ib import VisionTail
 from .clip.saliency import _method, encoder_fingerprint, saliency_maps
 from .fmiseg.learner import PromptedFMISeg
 from .fmiseg.prior import map_prompt, prior_square
 from .sam.proposers import RandomWalkerProposer, saliency_to_mask
-from .segment import FMISegSegmenter, _config, _model_folder, bare_prompt, image_list, load_segmenter
+from .segment import FMISegSegmenter, _config, _model_folder, bare_prompt, load_segmenter, text_call
 
 # %% ../nbs/80a_modes.ipynb #c008
 NO_PRIOR = ("mode 'prior' needs a model trained with saliency maps, and this one takes none: train one with "
@@ -93,11 +93,7 @@ class ZeroShotSegmenter:
                  boxes=None # For segmenters that take boxes; this one does not
                 ) -> list: # A `Segmentation` for each image
         "Segment every image for each of its prompts."
-        if boxes is not None: raise ValueError("this segmenter reads images and prompts only: it takes no boxes")
-        images = image_list(images)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            prompts = prompts_per_image(prompts, len(images))
+        images, prompts = text_call(images, prompts, boxes)
         texts = [[bare_prompt(p) for p in ps] for ps in prompts]
         out = []
         for i in range(0, len(images), self.bs): out += self._batch(*(o[i:i+self.bs] for o in (images, prompts, texts)))
