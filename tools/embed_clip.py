@@ -38,7 +38,7 @@ Saliency of 'left lung' and 'right lung' on {n} chest radiographs: how often the
 | --- | --- | --- |
 {saliency}
 
-It has seen a few hundred images. Research only, not for clinical use. License: Apache-2.0, as the project.
+It has seen {images} images. Research only, not for clinical use. License: Apache-2.0, as the project.
 """
 
 def sides(enc):

@@ -18,7 +18,7 @@ from fastai.optimizer import Adam
 from torch import Tensor
 import fastai.callback.fp16, fastai.callback.schedule
 from ..core import atomic_write, best_device, seeded, unknown, write_json
-from ..data import split_groups
+from ..data import with_val
 from .biomedclip import ClipEncoder, load_encoder, save_encoder
 from .dhn_nce import ClipLoss, make_clip_loss, retrieval_topk
 from .pairs import KINDS, make_pairs, pair_dls, read_pairs
@@ -206,12 +206,6 @@ class _Tell(Callback):
         if not self.skipped: self.tell(f"epoch {self.epoch+1} of {self.n_epoch}: {', '.join(f'{k} {v:.4f}' for k,v in row if v is not None)} ({time.time()-self.t0:.0f} s)")
         self.skipped = False
 
-def _with_val(df):
-    splits = set(df['split'])
-    if 'train' not in splits and splits != {''}: raise ValueError(f"no row has split 'train'; splits are {', '.join(sorted(map(repr, splits)))}")
-    rows = df[df['split'].isin(['train', 'val'])] if 'train' in splits else df
-    return rows if 'val' in splits else rows.assign(split=split_groups(rows))
-
 def _tag(pairs, *settings): return hashlib.sha256(repr((pairs.to_json(), *map(str, settings))).encode()).hexdigest()
 
 # %% ../../nbs/13b_clip.finetune.ipynb #c039
@@ -242,7 +236,7 @@ def finetune_clip(df:pd.DataFrame, # From `read_pairs`
     "Fine-tune an encoder and write its folder."
     out, device, name = Path(out), best_device(device), encoder if isinstance(encoder, (str, Path)) else type(encoder).__name__
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
-    df = _with_val(df)
+    df = with_val(df)
     draw = lambda e: make_pairs(df, n, kinds, words, weights, flips, seed=seed + 1000*e)
     first = draw(0)
     if not first['valid'].any(): raise ValueError("the validation split has neither a report nor a mask that is not empty")

@@ -12,7 +12,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from .dhn_nce import same_text
-from ..data import ToUnit, PromptBlock, Prompts, dihedral, load_square, random_light
+from ..data import ToUnit, PromptBlock, Prompts, cut_window, dihedral, load_square, random_light
 from ..wording import FREE, SYNONYMS, mirror_prompt, paraphrase, realm
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.data.block import DataBlock, TransformBlock
@@ -59,11 +59,7 @@ def cut(path:str, # Image or mask file
        ) -> Tensor: # (3 or 1, size, size), uint8
     "Part of an image, as a square."
     n = size if window[2] >= .75 else 2*size
-    x = load_square(path, n, mask)
-    y0, x0, s = (round(o*n) for o in window)
-    pad = [max(0, -x0), max(0, x0+s-n), max(0, -y0), max(0, y0+s-n)]
-    x = F.pad(x, pad)[:, y0+pad[2]:y0+pad[2]+s, x0+pad[0]:x0+pad[0]+s]
-    return x if s == size else F.interpolate(x[None], (size, size), mode='bilinear', antialias=True, align_corners=False)[0]
+    return cut_window(load_square(path, n, mask), window, size)
 
 @lru_cache(maxsize=65536)
 def target_box(path:str # Mask file

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor
 import fastai.callback.fp16, fastai.callback.schedule
 from ..core import atomic_write, best_device, load_checked, load_model_folder, save_model_folder, seeded
-from ..data import make_episodes, prompt_dls, read_index, split_groups
+from ..data import make_episodes, prompt_dls, read_index, with_val
 from ..packs import MISPLACED, get_pack
 from ..losses import DiceBCELoss
 from ..metrics import MeanDice
@@ -200,7 +200,7 @@ def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a f
     "Train in stages and write a model folder."
     out, device = Path(out), best_device(device)
     if Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
-    df = _with_val(df)
+    df = with_val(df)
     enc = load_encoder(encoder)
     with seeded(seed): net = FMISeg(**(net_args or {**TINY, 'd_text': enc.text_dim}))
     out.mkdir(parents=True, exist_ok=True)
@@ -214,13 +214,6 @@ def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a f
     with atomic_write(out/'history.csv') as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
     _forget(out)
     return model
-
-def _with_val(df):
-    "Rows of 'train' and 'val'; a fifth of the groups is held out where nobody said which."
-    splits = set(df['split'])
-    if 'train' not in splits and splits != {''}: raise ValueError(f"no row has split 'train'; splits are {', '.join(sorted(map(repr, splits)))}")
-    rows = df[df['split'].isin(['train', 'val'])] if 'train' in splits else df
-    return rows if 'val' in splits else rows.assign(split=split_groups(rows))
 
 def _forget(out):
     for f in out.glob('stage*.resume'): f.unlink()

@@ -16,13 +16,13 @@ from ..core import as_image, best_device, fit, seeded
 from ..io import read_image
 from ..wording import _FRAMES, _plain, known_wording, mirror_prompt
 from ..data import (ImageGetter, JointAugment, MasksGetter, PromptBlock, TensorMasks, ToUnit, byte_cache, cut_window, dihedral,
-                            get_prompts, make_episodes, prompt_dls)
+                            get_prompts, make_episodes, prompt_dls, with_val)
 from ..metrics import dice
 from ..postprocess import otsu
 from ..clip.biomedclip import load_encoder
 from ..clip.saliency import _digest, _write_map, encoder_fingerprint, precompute_saliency, random_maps
 from .model import FMISeg, TINY
-from .learner import PromptedFMISeg, _with_val, fmiseg_learner
+from .learner import PromptedFMISeg, fmiseg_learner
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, show_results
 from fastai.data.transforms import IndexSplitter
@@ -190,7 +190,7 @@ def train_prior(df:pd.DataFrame, # From `read_index`; without a 'val' split a fi
                ) -> PromptedFMISeg: # In `eval()`
     "Train an FMISeg with saliency priors and write it as a model folder."
     if Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
-    enc, df = load_encoder(encoder), _with_val(df)
+    enc, df = load_encoder(encoder), with_val(df)
     with seeded(seed): net = FMISeg(**{**(net_args or {**TINY, 'd_text': enc.text_dim}), 'prior': mode})
     episodes = prior_index(make_episodes(df, n, seed=seed), enc.to(best_device(device)), cache, method, **kwargs)
     model = _train(episodes, enc, net, size, epochs, lr, bs, seed, device).model.cpu().eval()
