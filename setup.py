@@ -20,7 +20,7 @@ setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description
       long_description=long_description(), long_description_content_type='text/markdown',
       packages=find_namespace_packages(include=['medseg_nb', 'medseg_nb.*'], exclude=['*.__pycache__', '*.__pycache__.*']), # the folders of weights too
       include_package_data=True, python_requires=f">={cfg['min_python']}",
-      install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+      install_requires=cfg['requirements'].split(), extras_require={k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
       entry_points=dict(console_scripts=cfg['console_scripts'].split('\n'), nbdev=[f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]),
       classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
                    'Topic :: Scientific/Engineering :: Image Processing'], zip_safe=False)

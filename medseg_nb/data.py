@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_index', 'split_groups', 'with_val', 'make_episodes', 'byte_cache', 'load_square', 'dihedral', 'TensorMasks',
-           'TensorPrompt', 'Prompts', 'cut_window', 'ImageGetter', 'MasksGetter', 'get_prompts', 'Tokenize',
-           'PromptBlock', 'ToUnit', 'random_affine', 'random_light', 'JointAugment', 'prompt_block', 'prompt_dls']
+           'TensorPrompt', 'Prompts', 'cut_window', 'ImageGetter', 'MasksGetter', 'TeachersGetter', 'get_prompts',
+           'Tokenize', 'PromptBlock', 'ToUnit', 'random_affine', 'random_light', 'JointAugment', 'prompt_block',
+           'prompt_dls']
 
 # %% ../nbs/02_data.ipynb #c002
 import os, random
@@ -84,7 +85,7 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   flips:bool=True, # Mirror and turn
                   near:float=1., # Side of the smallest window, as a part of the image's; 1: always the whole image
                   seed:int=0 # Of everything drawn
-                 ) -> pd.DataFrame: # Columns image, k, window, texts, masks, valid
+                 ) -> pd.DataFrame: # Columns image, k, window, texts, masks, valid; with a column `teacher` in `df` also teachers
     "Draw training episodes from the rows of `split` 'train', and one plain episode for each row of 'val'."
     rng, train = random.Random(seed), df[df['split'] == 'train']
     if not 0 < near <= 1: raise ValueError(f"near is a part of the image's side, above 0 and at most 1, got {near}")
@@ -98,7 +99,11 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
     order = rng.choices(images, w, k=n) if n else images
     rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, near, rng) for m in order]
     rows += [dict(image=r.image, k=0, window=(0., 0., 1.), texts=[r.text], masks=[r.mask], valid=True) for r in df[df['split'] == 'val'].itertuples()]
+    if 'teacher' in train: _add_teachers(rows, dict(zip(train['mask'], train['teacher'].fillna(''))))
     return pd.DataFrame(rows)
+
+def _add_teachers(rows, of):
+    for r in rows: r['teachers'] = [of.get(m, '') for m in r['masks']]
 
 def _window(kind, near, rng):
     "Top, left and side of a square, as parts of the image's side."
@@ -141,10 +146,10 @@ def byte_cache(limit:int # Bytes of the tensors to keep
 
 # %% ../nbs/02_data.ipynb #c033
 @byte_cache(2**30)
-def load_square(path:str, size:int, mask:bool=False) -> Tensor:
-    "Image (3, size, size) or mask (1, size, size), uint8, letterboxed."
+def load_square(path:str, size:int, mask:bool=False, soft:bool=False) -> Tensor:
+    "Image (3, size, size), or mask or `soft` map (1, size, size), uint8, letterboxed."
     x = read_image(path).x
-    if mask: x = (x[:1] > .5).float()
+    if mask or soft: x = x[:1] if soft else (x[:1] > .5).float()
     return (letterbox(x, size)[0]*255).round().clamp(0, 255).to(torch.uint8)
 
 def dihedral(x:Tensor, # (..., H, W)
@@ -201,16 +206,21 @@ class _Getter:
     def __init__(self, size, # Side of what training sees
                  load=None # Side of the square that windows are cut from, and of what validation sees; None: `size`
                 ): self.size, self.load = size, load or size
-    def see(self, path, r, mask=False):
+    def see(self, path, r, **kind):
         side = self.load if r.get('valid') else self.size
         if not path: return torch.zeros(1, side, side, dtype=torch.uint8)
-        return cut_window(load_square(path, self.load, mask), r.get('window', (0, 0, 1)), side)
+        return cut_window(load_square(path, self.load, **kind), r.get('window', (0, 0, 1)), side)
 class ImageGetter(_Getter):
     "The image of an episode, turned as it says."
     def __call__(self, r): return TensorImage(dihedral(self.see(r['image'], r), r['k']))
 class MasksGetter(_Getter):
     "The masks of an episode; an absent target is all zero."
-    def __call__(self, r): return TensorMasks(dihedral(torch.cat([self.see(m, r, True) for m in r['masks']]), r['k']))
+    def __call__(self, r): return TensorMasks(dihedral(torch.cat([self.see(m, r, mask=True) for m in r['masks']]), r['k']))
+class TeachersGetter(_Getter):
+    "What a teacher says of an episode; where it says nothing, the mask."
+    def __call__(self, r):
+        maps = [self.see(t, r, soft=True) if t else self.see(m, r, mask=True) for t,m in zip(r['teachers'], r['masks'])]
+        return TensorMasks(dihedral(torch.cat(maps), r['k']))
 def get_prompts(r) -> Prompts:
     "The prompts of an episode."
     return Prompts(r['texts'])
@@ -275,32 +285,34 @@ class JointAugment(ItemTransform):
     def __init__(self, zoom=1.35, turn=15., shift=.12, light=1., p=.9):
         self.zoom, self.turn, self.shift, self.light, self.p = zoom, turn, shift, light, p
     def encodes(self, b):
-        x, prompt, y = (b[0].as_subclass(Tensor), b[1], b[2].as_subclass(Tensor))
+        x, prompt, *ys = (b[0].as_subclass(Tensor), b[1], *(y.as_subclass(Tensor) for y in b[2:]))
         theta = random_affine(len(x), self.zoom, self.turn, self.shift).to(x)
         keep = (torch.rand(len(x), 1, 1) > self.p).to(x)
         theta = torch.lerp(theta, torch.eye(2, 3).to(x)[None], keep)
         grid = F.affine_grid(theta, (len(x), 1, *x.shape[-2:]), align_corners=False)
-        x, y = F.grid_sample(torch.cat((x, y), 1), grid, align_corners=False).split((3, y.shape[1]), 1)
-        return TensorImage(random_light(x, self.light)), prompt, TensorMasks(y)
+        x, *ys = F.grid_sample(torch.cat((x, *ys), 1), grid, align_corners=False).split([3, *(y.shape[1] for y in ys)], 1)
+        return TensorImage(random_light(x, self.light)), prompt, *map(TensorMasks, ys)
 
 # %% ../nbs/02_data.ipynb #c062
 def prompt_block(encoder, # Text encoder whose tokens the model reads
                  size:int=256, # Side of the square in pixels
                  max_tokens:int=24, # Longest text
                  augment:bool=True, # Random affine and light in training
-                 load:int|None=None # Side of the square that windows of `size` are cut from; validation sees it whole; None: `size`
+                 load:int|None=None, # Side of the square that windows of `size` are cut from; validation sees it whole; None: `size`
+                 teacher:bool=False # The maps of a teacher as a second target
                 ) -> DataBlock: # Takes a table of episodes
     "The `DataBlock` for episodes: image and prompts in, masks out."
-    return DataBlock(blocks=(TransformBlock(), PromptBlock(encoder, max_tokens), TransformBlock()), n_inp=2,
-                     getters=[ImageGetter(size, load), get_prompts, MasksGetter(size, load)], splitter=_by_valid,
+    targets = [MasksGetter(size, load)] + [TeachersGetter(size, load)]*teacher
+    return DataBlock(blocks=(TransformBlock(), PromptBlock(encoder, max_tokens), *[TransformBlock()]*len(targets)), n_inp=2,
+                     getters=[ImageGetter(size, load), get_prompts, *targets], splitter=_by_valid,
                      batch_tfms=[ToUnit()] + ([JointAugment()] if augment else []))
 
 def _by_valid(df): return IndexSplitter(np.flatnonzero(df['valid']))(df)
 
 def prompt_dls(episodes:pd.DataFrame, # From `make_episodes`
                encoder, size:int=256, bs:int=8, max_tokens:int=24, augment:bool=True, load:int|None=None, **kwargs) -> DataLoaders:
-    "fastai `DataLoaders` of episodes."
-    return prompt_block(encoder, size, max_tokens, augment, load).dataloaders(episodes, bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
+    "fastai `DataLoaders` of episodes; those of a table with `teachers` have their maps as a second target."
+    return prompt_block(encoder, size, max_tokens, augment, load, 'teachers' in episodes).dataloaders(episodes, bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
 
 # %% ../nbs/02_data.ipynb #c064
 @show_batch.dispatch

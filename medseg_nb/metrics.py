@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch import Tensor
 from fastai.learner import Metric
+from fastai.torch_core import num_distrib
 
 # %% ../nbs/04_metrics.ipynb #c008
 def _bool_pair(pred, # Predicted masks, bool, tensor or array (..., H, W)
@@ -162,11 +163,12 @@ class _MaskMetric(Metric):
     def reset(self): self.counts, self.maps = ConfusionCounts(), []
     def masks(self, learn):
         "Predicted, true and known pixels of a batch, bool (B, P, H, W)."
-        z, t = (o.as_subclass(Tensor).detach() for o in (learn.pred, learn.y))
+        z, t = (o.as_subclass(Tensor).detach() for o in (learn.pred, learn.y[0] if isinstance(learn.y, tuple) else learn.y))
         if z.ndim != 4 or z.shape != t.shape:
             raise ValueError(f"expected logits and target of one shape (B, P, H, W), got {tuple(z.shape)} and {tuple(t.shape)}")
         if z.isnan().any(): raise ValueError(f"{int(z.isnan().sum())} logits are NaN")
-        return z > self.cut, t > .5, t >= 0
+        out = z > self.cut, t > .5, t >= 0
+        return out if num_distrib() < 2 else tuple(learn.to_detach(o.byte()).bool() for o in out) # Of all processes
     def accumulate(self, learn): self.counts.add(*self.masks(learn))
 
 class PooledDice(_MaskMetric):

@@ -17,7 +17,7 @@ from .clip.saliency import _method, encoder_fingerprint, saliency_maps
 from .fmiseg.learner import PromptedFMISeg
 from .fmiseg.prior import map_prompt, prior_square
 from .sam.proposers import RandomWalkerProposer, saliency_to_mask
-from .segment import FMISegSegmenter, _config, _model_folder, bare_prompt, load_segmenter, text_call
+from .segment import FMISegSegmenter, _config, model_folder, bare_prompt, load_segmenter, text_call
 
 # %% ../nbs/80a_modes.ipynb #c008
 NO_PRIOR = ("mode 'prior' needs a model trained with saliency maps, and this one takes none: train one with "
@@ -133,7 +133,7 @@ def _eyes(name):
     return load_encoder(name)
 
 def _prior(name, encoder, revision, **kwargs):
-    folder = _model_folder(name, revision)
+    folder = model_folder(name, revision)
     config = _config(folder)
     if config['cls'] != 'FMISeg' or not config.get('args', {}).get('prior'): raise ValueError(f"'{name}': {NO_PRIOR}")
     if isinstance(encoder, (str, Path)): encoder = load_encoder(encoder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bare_prompt', 'fit_prompt', 'image_list', 'text_call', 'FMISegSegmenter', 'register_segmenter', 'list_segmenters',
-           'load_segmenter', 'check_segmenter']
+           'model_folder', 'load_segmenter', 'check_segmenter']
 
 # %% ../nbs/80_segment.ipynb #c002
 import json, warnings
@@ -16,6 +16,7 @@ from torch import Tensor
 import medseg_nb, medseg_nb.save
 from .core import Segmentation, as_image, best_device, letterbox, prompts_per_image, unknown, unletterbox
 from .fmiseg.learner import PromptedFMISeg
+from .training.nnunet_run import load_nnunet
 from .wording import known_wording
 
 # %% ../nbs/80_segment.ipynb #c006
@@ -174,6 +175,9 @@ def register_segmenter(cls_name:str # `cls` in the config.json of a model folder
     def _inner(f): _builders[cls_name] = f; return f
     return _inner
 
+@register_segmenter('nnUNet')
+def _nnunet(folder, config, device=None, bs=1, **kwargs): return load_nnunet(folder, device, **kwargs) # One image at a time
+
 @register_segmenter('FMISeg')
 def _fmiseg(folder, config, device=None, **kwargs):
     lacks = [k for k in ('args', 'encoder', 'size') if k not in config]
@@ -194,7 +198,10 @@ def _hub_folder(repo, revision):
         raise ConnectionError(f"could not download '{repo}' ({type(e).__name__}). On a machine with access fetch its config.json and "
                               "model.safetensors into a folder, and give that folder here") from e
 
-def _model_folder(name, revision):
+def model_folder(name, # One of `list_segmenters`
+                 revision:str|None=None # Of a hub id
+                ) -> Path:
+    "The folder behind a name."
     s = str(name)
     if s in _embedded: return Path(medseg_nb.__file__).parent/'weights'/_embedded[s][0]
     if s.startswith('hf-hub:'): return _hub_folder(s.removeprefix('hf-hub:'), revision)
@@ -220,7 +227,7 @@ def load_segmenter(name='tiny', # One of `list_segmenters`
                    **kwargs # For the segmenter, e.g. `threshold`
                   ): # Callable `(images, prompts, boxes=None) -> list[Segmentation]`
     "A segmenter by name, folder or hub id."
-    folder = _model_folder(name, revision)
+    folder = model_folder(name, revision)
     config = _config(folder)
     return _builders[config['cls']](folder, config, device=device, **kwargs)
 

@@ -17,17 +17,19 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.optimizer import Adam
+from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from torch import Tensor
 import fastai.callback.fp16, fastai.callback.schedule
 from ..core import atomic_write, best_device, load_checked, load_model_folder, save_model_folder, seeded
 from ..data import make_episodes, prompt_dls, read_index, with_val
 from ..packs import MISPLACED, get_pack
-from ..losses import DiceBCELoss
+from ..losses import DiceBCELoss, DistillLoss
 from ..metrics import MeanDice
 from ..clip.biomedclip import ClipEncoder, load_encoder
 from .model import FMISeg, FMISegOutput, TINY
 from ..training.callbacks import AuxOutputs, EMACallback, ResumeCallback
+from ..training.distributed import distributed, first_process, own_device, wait_for_all
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c007
 class PromptedFMISeg(nn.Module):
@@ -92,7 +94,8 @@ def from_pretrained(cls:PromptedFMISeg, folder, # From `save_pretrained`
     config, state = load_model_folder(folder)
     if config.get('cls') != 'FMISeg': raise ValueError(f"'{folder}' holds a {config.get('cls')}, not an FMISeg")
     e = config['encoder']; own = e['text'] == 'own'
-    encoder = encoder or load_encoder(e['name'], pretrained=not own, revision=e['revision'])
+    if encoder is None: # The image tower, which is not used, is drawn the same each time
+        with seeded(0): encoder = load_encoder(e['name'], pretrained=not own, revision=e['revision'])
     other = [k for k in state if not k.startswith(('net.', 'text.') if own else 'net.')]
     if other: raise ValueError(f"'{folder}' holds {len(other)} unexpected key(s): {', '.join(other[:4])}")
     part = lambda n: {k[len(n):]: v for k,v in state.items() if k.startswith(n)}
@@ -109,10 +112,10 @@ class AuxLoss:
                  branch:float=.3, # Weight of each branch
                  presence:float=.3 # Weight of presence
                 ): self.mask_loss, self.branch, self.presence = mask_loss, branch, presence
-    def __call__(self, aux, y:Tensor) -> Tensor:
+    def __call__(self, aux, *ys:Tensor) -> Tensor: # Masks, and a teacher's maps where `mask_loss` takes them
         lf, hf, present = aux
-        y = y.as_subclass(Tensor)
-        loss = sum(self.branch*self.mask_loss(o, y) for o in (lf, hf) if o is not None)
+        y, *rest = (o.as_subclass(Tensor) for o in ys)
+        loss = sum(self.branch*self.mask_loss(o, y, *rest) for o in (lf, hf) if o is not None)
         if present is None: return loss
         return loss + self.presence*F.binary_cross_entropy_with_logits(present.float(), (y.flatten(2).amax(2) > .5).float())
 
@@ -164,59 +167,82 @@ class Stage(NamedTuple):
     weights: dict = {}     # Shares of packs that differ in this stage
     load: int|None = None  # Side of the square that windows of `size` are cut from; None: images are seen whole
 
-def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, resume, progress, device):
+def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, distill, init, resume, progress, device):
     epochs, weights, bs = max(1, round(s.episodes/s.per_epoch)), {**weights, **s.weights} if weights else None, s.bs or bs
     n = round(s.episodes/epochs)
     if s.load and s.load < s.size: raise ValueError(f"stage {k+1} cuts windows of {s.size} pixels from squares of {s.load}")
     if n < bs: raise ValueError(f"stage {k+1} has {n} episodes an epoch, fewer than one batch of {bs}")
     with seeded(seed + k):
         episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, near=s.size/(s.load or s.size), seed=seed + k)
-        tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, net.args)).encode()).hexdigest()
+        tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, distill, init, net.args)).encode()).hexdigest()
         dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, load=s.load, device=device)
-        cbs = [_Tell(progress, k+1), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume else [])]
-        learn = fmiseg_learner(dls, net, encoder, train_text, ema=.998, lr=s.lr, wd=.02, cbs=cbs)
+        cbs = [*([_Tell(progress, k+1)] if first_process() else []), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume and num_distrib() < 2 else [])]
+        learn = fmiseg_learner(dls, net, encoder, train_text, None if distill is None else DistillLoss(distill), ema=.998, lr=s.lr, wd=.02, cbs=cbs)
         if device.type == 'cuda': learn.to_bf16()
         else: learn.model.to(memory_format=torch.channels_last)
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, s.lr, pct_start=.1)
+        with learn.no_bar(), learn.no_logging(), distributed(learn): learn.fit_one_cycle(epochs, s.lr, pct_start=.1)
     return learn
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c032
 TINY_STAGES = (Stage(192, 6000, 2e-3, per_epoch=3000), Stage(256, 20000, 1.5e-3, per_epoch=4000),
-               Stage(384, 16000, 1e-3, bs=4, per_epoch=2000, weights=dict(cxr_lungs=.22, fundus=.34, nuclei=.2, histo_lymph_node=.09)))
+               Stage(384, 16000, 1e-3, bs=4, per_epoch=2000, weights=dict(cxr_lungs=.22, fundus=.34, nuclei=.2, histo_lymph_node=.09)),
+               Stage(256, 56000, 1.5e-3, per_epoch=4000, load=512, weights=(near := dict(cxr_lungs=.28, fundus=.36, nuclei=.2, histo_lymph_node=.1))),
+               Stage(384, 4000, 7e-4, per_epoch=2000, load=512, weights=near))
 
 def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a fifth of the groups is held out
                  out, # Model folder to write; made if missing
-                 encoder:str='tiny', # For `load_encoder`
-                 net_args:dict|None=None, # Of `FMISeg`; None: `TINY` with the width of the encoder
+                 encoder:str|None=None, # For `load_encoder`; None: 'tiny', or that of `init`
+                 net_args:dict|None=None, # Of `FMISeg`; None: `TINY` with the width of the encoder, or those of `init`
+                 init=None, # Model folder whose weights training starts from
                  stages=TINY_STAGES, # `Stage`s, or tuples of their first fields
                  bs:int=8, # Images of a batch
                  seed:int=0, # Of weights, episodes and augmentation
                  weights:dict|None=None, # Share of each pack, by the value of column `pack`
                  train_text:bool=False, # Train the text tower too
-                 resume:bool=True, # Save every epoch, and go on from what is there
+                 distill:float|None=None, # Share of a teacher in the loss, 0 to 1, with its maps in a column `teacher`; None: masks alone
+                 resume:bool=True, # Save every epoch, and go on from what is there; in one process only
                  progress=print, # Called with a line per epoch
                  device=None # None: the best there is
                 ) -> PromptedFMISeg: # The trained model, in `eval()`
     "Train in stages and write a model folder."
-    out, device = Path(out), best_device(device)
-    if Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
-    df = with_val(df)
-    enc = load_encoder(encoder)
-    with seeded(seed): net = FMISeg(**(net_args or {**TINY, 'd_text': enc.text_dim}))
+    out, device, df = Path(out), own_device(best_device(device)), _targets(with_val(df), distill)
+    model, said = _start(init, encoder, net_args, train_text, seed)
+    net, enc = model.net, model.encoder
     out.mkdir(parents=True, exist_ok=True)
     if not resume: _forget(out)
     history = []
     for k,s in enumerate(stages):
-        learn = _stage(k, Stage(*s), df, net, enc, out, bs, seed, weights, train_text, resume, progress, device)
+        learn = _stage(k, Stage(*s), df, net, enc, out, bs, seed, weights, train_text, distill, said.get('init'), resume, progress, device)
         history += _history(learn, k+1)
     model = learn.model.cpu().eval()
-    model.save_pretrained(out, encoder=encoder, size=Stage(*s).load or Stage(*s).size, own_text=encoder == 'tiny', seed=seed, stages=[list(Stage(*s)) for s in stages])
-    with atomic_write(out/'history.csv') as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
-    _forget(out)
+    if first_process():
+        model.save_pretrained(out, size=Stage(*s).load or Stage(*s).size, seed=seed, stages=[list(Stage(*s)) for s in stages], **said)
+        with atomic_write(out/'history.csv') as tmp: pd.DataFrame(history).to_csv(tmp, index=False)
+        _forget(out)
+    wait_for_all()
     return model
 
 def _forget(out):
     for f in out.glob('stage*.resume'): f.unlink()
+
+def _targets(df, distill):
+    "Without a teacher's maps, or surely with some."
+    if distill is None: return df.drop(columns='teacher', errors='ignore')
+    DistillLoss(distill)
+    if 'teacher' not in df or not df['teacher'].fillna('').any(): raise ValueError("distillation needs a column teacher that names soft maps: pseudo_labels writes one")
+    return df
+
+def _start(init, encoder, net_args, train_text, seed):
+    "A new model or that of a folder, and what to say of it in the config."
+    if encoder and Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
+    if init is None:
+        enc = load_encoder(encoder := encoder or 'tiny')
+        with seeded(seed): return PromptedFMISeg(FMISeg(**(net_args or {**TINY, 'd_text': enc.text_dim})), enc, train_text), dict(encoder=encoder, own_text=encoder == 'tiny')
+    if encoder or net_args: raise ValueError("init brings its own encoder and arguments of the network: give neither of them beside it")
+    model = PromptedFMISeg.from_pretrained(init)
+    model.net.requires_grad_(True)
+    e = model.config['encoder']
+    return model, dict(encoder=e['name'], revision=e['revision'], own_text=e['text'] == 'own', init=fingerprint(model.net))
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c038
 PACKS = dict(cxr_lungs=.26, fundus=.28, nuclei=.15, histo_lymph_node=.13, breast_ultrasound=.06, dermoscopy=.03, endoscopy=.05, mr_slices=.04)

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../../nbs/07_training.callbacks.ipynb #c008
@@ -37,6 +38,7 @@ class AuxOutputs(Callback):
 
 # %% ../../nbs/07_training.callbacks.ipynb #c018
 def _fitting(learn): return not (hasattr(learn, 'lr_finder') or learn.lock.locked())
+def _bare(model): return model.module if isinstance(model, DistributedDataParallel) else model
 
 class EMACallback(Callback):
     "Exponential moving average of the weights: used in validation, and left in the model after the fit."
@@ -50,7 +52,7 @@ class EMACallback(Callback):
         self.run = _fitting(self.learn)
         if not self.run: return
         if self.on: self._use(False)
-        if self.ema is None: self.ema = AveragedModel(self.model, use_buffers=True, multi_avg_fn=self._average)
+        if self.ema is None: self.ema = AveragedModel(_bare(self.model), use_buffers=True, multi_avg_fn=self._average)
         self.on = False
     def now(self, n): return min(self.decay, (1+float(n))/(self.warmup+float(n)))
     def _average(self, mean, new, n):
@@ -58,19 +60,19 @@ class EMACallback(Callback):
         else: torch._foreach_copy_(mean, new)
     def after_cancel_step(self): self.skipped = True
     def after_step(self):
-        if not self.skipped: self.ema.update_parameters(self.model)
+        if not self.skipped: self.ema.update_parameters(_bare(self.model))
         self.skipped = False
     def before_validate(self): self._use(True)
     def after_validate(self): self._use(False)
     def _use(self, on):
         if self.on in (None, on): return
-        mine, theirs = self.model.state_dict(), self.ema.module.state_dict()
+        mine, theirs = _bare(self.model).state_dict(), self.ema.module.state_dict()
         for k,v in mine.items(): keep = v.clone(); v.copy_(theirs[k]); theirs[k].copy_(keep)
         self.on = on
     def after_fit(self):
         if self.on is None: return
         self._use(False); self.on = None
-        self.model.load_state_dict(self.ema.module.state_dict())
+        _bare(self.model).load_state_dict(self.ema.module.state_dict())
 
 # %% ../../nbs/07_training.callbacks.ipynb #c026
 class CheckpointSeries(Callback):
@@ -86,7 +88,7 @@ class CheckpointSeries(Callback):
     def before_fit(self): self.run = _fitting(self.learn)
     def after_epoch(self):
         ema = _ema(self.learn)
-        state = {k: v.detach().cpu().contiguous().clone() for k,v in (ema.ema.module if ema else self.model).state_dict().items()}
+        state = {k: v.detach().cpu().contiguous().clone() for k,v in (ema.ema.module if ema else _bare(self.model)).state_dict().items()}
         with atomic_write(self.folder/f'epoch_{self.epoch:04}.safetensors') as tmp: save_file(state, tmp)
         kept = {f'epoch_{e:04}' for e in range(self.epoch-self.last+1, self.epoch+1)}
         for p in self.paths:
