@@ -242,7 +242,8 @@ def _start(init, encoder, net_args, train_text, seed):
     model = PromptedFMISeg.from_pretrained(init)
     model.net.requires_grad_(True)
     e = model.config['encoder']
-    return model, dict(encoder=e['name'], revision=e['revision'], own_text=e['text'] == 'own', init=fingerprint(model.net))
+    kept = {k: model.config[k] for k in ('gate', 'lexicon') if k in model.config}
+    return model, dict(encoder=e['name'], revision=e['revision'], own_text=e['text'] == 'own', init=fingerprint(model.net), **kept)
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c038
 PACKS = dict(cxr_lungs=.26, fundus=.28, nuclei=.15, histo_lymph_node=.13, breast_ultrasound=.06, dermoscopy=.03, endoscopy=.05, mr_slices=.04)
