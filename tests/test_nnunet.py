@@ -9,6 +9,7 @@ from medseg_nb.phantoms import make_phantom_pack
 from medseg_nb.training import nnunet, nnunet_run
 from medseg_nb.training.nnunet import grouped_folds, write_dataset
 
+os.environ.setdefault('OMP_NUM_THREADS', '1') # For nnU-Net's own processes: small images on several threads are many times slower
 needs = pytest.mark.skipif(importlib.util.find_spec('nnunetv2') is None, reason='nnunetv2 is not installed: pip install "medseg_nb[nnunet]"')
 
 @pytest.fixture(scope='module')
