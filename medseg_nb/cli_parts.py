@@ -81,7 +81,7 @@ def _start(ctx:typer.Context,
     if ctx.invoked_subcommand is None: print(ctx.get_help()); raise typer.Exit(2)
 
 # %% ../nbs/81b_cli_parts.ipynb #c012
-Images = Annotated[list[str], typer.Argument(help='Image files (PNG, JPEG, TIFF, DICOM, NIfTI), or folders of them.')]
+Images = Annotated[list[str], typer.Argument(help='Image files (PNG, JPEG, WebP, BMP, TIFF, DICOM, NIfTI), or folders of them.')]
 Prompts = Annotated[list[str], typer.Option(help='What to look for; may be repeated.')]
 Out = Annotated[str, typer.Option(help='Folder for the results; made if missing.')]
 Model = Annotated[str, typer.Option(help="Name of a model ('medseg info' lists them), or a model folder.")]

@@ -34,8 +34,8 @@ def _what(image, prompt, index, split):
         return pd.DataFrame([dict(image=str(p), text=t) for p in paths for t in prompts])
     if prompt: raise ValueError("--prompt is for images: the prompts of an --index are in its column text")
     from medseg_nb.segment import bare_prompt
-    from medseg_nb.training.pseudo_labels import read_targets
-    df = rows_of_split(read_targets(index), split)
+    from medseg_nb.data import read_index
+    df = rows_of_split(read_index(index, masks=False), split)
     for t in df['text'].unique(): bare_prompt(t)
     return df
 

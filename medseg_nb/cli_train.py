@@ -103,9 +103,10 @@ def train_in_stages(out:Out,
     kw = _start(encoder, init) | {k: tuple(map(parse_stage, v)) for k,v in dict(stages=stage, later=later).items() if v}
     df = _indexes(index, False)
     from medseg_nb.batch import write_report
+    from medseg_nb.data import read_index
     from medseg_nb.training import stages
     with no_empty_folder(folder):
-        folders = stages.train_stages(df, stages.read_targets(targets), folder, upto, share=share, distill=distill, least=least, seed=seed, device=device,
+        folders = stages.train_stages(df, read_index(targets, masks=False), folder, upto, share=share, distill=distill, least=least, seed=seed, device=device,
                                       progress=partial(print, flush=True), **kw)
     write_report(folder, [dict(stage=k, model=v.relative_to(folder).as_posix()) for k,v in folders.items()], CALL['command'])
     last = folders[upto]

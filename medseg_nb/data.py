@@ -31,7 +31,8 @@ from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #c009
 def read_index(path, # CSV file with columns image, mask, text and perhaps split, group, label, modality
-               check:bool=True # Look whether the files are there
+               check:bool=True, # Look whether the files are there
+               masks:bool=True # Rows need a mask; False: images to be labelled, with or without one
               ) -> pd.DataFrame: # One row per image and prompt, paths absolute
     "Read and check an index."
     path = Path(path)
@@ -39,16 +40,16 @@ def read_index(path, # CSV file with columns image, mask, text and perhaps split
     try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise ValueError(f"'{path}' is not a readable CSV: {e}") from e
-    lacks = [c for c in ('image', 'mask', 'text') if c not in df]
-    if lacks:
+    needs = ['image', *['mask']*masks, 'text']
+    if lacks := [c for c in needs if c not in df]:
         raise ValueError(f"'{path}' lacks the column{'s' if len(lacks) > 1 else ''} {', '.join(lacks)}; it has {', '.join(df.columns)}")
-    df = df[(df['text'].str.strip() != '') & (df['mask'] != '')].reset_index(drop=True)
-    if df.empty: raise ValueError(f"'{path}' has no row with a text and a mask")
+    df = df[(df[needs].apply(lambda c: c.str.strip()) != '').all(axis=1)].reset_index(drop=True)
+    if df.empty: raise ValueError(f"'{path}' has no row with {'an image, a mask' if masks else 'an image'} and a text")
     for c,default in dict(split='', group='', modality='').items():
         if c not in df: df[c] = default
     df['group'] = df['group'].where(df['group'] != '', df['image'])
-    for c in ('image', 'mask'): df[c] = [str(path.parent.resolve()/p) for p in df[c]]
-    missing = [p for c in ('image', 'mask') for p in df[c] if not os.path.isfile(p)] if check else []
+    for c in {'image', 'mask'} & {*df}: df[c] = [str(path.parent.resolve()/p) if p else '' for p in df[c]]
+    missing = [p for c in needs[:-1] for p in df[c] if not os.path.isfile(p)] if check else []
     if missing: raise FileNotFoundError(f"'{path}' names {len(missing)} file(s) that are not there, the first: '{missing[0]}'")
     return df
 

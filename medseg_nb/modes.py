@@ -17,7 +17,7 @@ from .clip.saliency import _method, encoder_fingerprint, saliency_maps
 from .fmiseg.learner import PromptedFMISeg
 from .fmiseg.prior import map_prompt, prior_square
 from .sam.proposers import RandomWalkerProposer, saliency_to_mask
-from .segment import FMISegSegmenter, _config, model_folder, bare_prompt, load_segmenter, text_call
+from .segment import FMISegSegmenter, TextSegmenter, _config, load_segmenter, model_folder
 
 # %% ../nbs/80a_modes.ipynb #c008
 NO_PRIOR = ("mode 'prior' needs a model trained with saliency maps, and this one takes none: train one with "
@@ -66,7 +66,7 @@ def _checked(encoder, method, settings):
     VisionTail(encoder, settings.get('layer'))
 
 # %% ../nbs/80a_modes.ipynb #c016
-class ZeroShotSegmenter:
+class ZeroShotSegmenter(TextSegmenter):
     "Segment with saliency maps and a promptable segmenter; nothing has to be trained."
     def __init__(self, encoder, # With a ViT, as `load_encoder` gives
                  proposer=None, # A mask proposer; None: `RandomWalkerProposer()`; False: the cleaned map itself
@@ -87,17 +87,6 @@ class ZeroShotSegmenter:
         self.proposer = RandomWalkerProposer() if proposer is None else proposer or None
         if prompt not in (kinds := ['box', 'points', 'both', 'mask']): raise unknown('prompt', prompt, kinds)
         self.kw = dict(kwargs, prompt=prompt)
-
-    def __call__(self, images, # One image or a list of them
-                 prompts, # One prompt, a list, or a list of lists (one per image)
-                 boxes=None # For segmenters that take boxes; this one does not
-                ) -> list: # A `Segmentation` for each image
-        "Segment every image for each of its prompts."
-        images, prompts = text_call(images, prompts, boxes)
-        texts = [[bare_prompt(p) for p in ps] for ps in prompts]
-        out = []
-        for i in range(0, len(images), self.bs): out += self._batch(*(o[i:i+self.bs] for o in (images, prompts, texts)))
-        return out
 
     def _batch(self, images, prompts, texts):
         small = [_shrunk(im, self.size) for im in images]

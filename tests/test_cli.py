@@ -309,7 +309,7 @@ def test_evaluate_leaves_rows_without_a_mask_out(run, model, cases):
     assert run('evaluate', '--index', some, '--model', model, '--out', 'out')[0] == 0
     assert [e['image'] for e in report()['results']] == ['../d/0.png']
     none = index(['0.png,,left side,test,0'], path='d/none.csv')
-    refused(run, 'no row with a text and a mask', 'evaluate', '--index', none, '--model', model, '--out', 'no')
+    refused(run, 'an image, a mask and a text', 'evaluate', '--index', none, '--model', model, '--out', 'no')
 
 @pytest.mark.parametrize('says,make', [
     ('no index file', lambda: 'nowhere.csv'), ('lacks the column mask', lambda: index(['1.png,left', '2.png,left'], 'image,text', 'd/i.csv')),

@@ -16,7 +16,7 @@ from medseg_nb.io import read_image
 from medseg_nb.postprocess import PostProcess
 from medseg_nb.sam.proposers import RandomWalkerProposer
 from medseg_nb.segment import load_segmenter
-from medseg_nb.training.pseudo_labels import expected_dice, pseudo_labels, pseudo_page, read_pseudo, read_targets, source_of
+from medseg_nb.training.pseudo_labels import expected_dice, pseudo_labels, pseudo_page, read_pseudo, source_of
 from medseg_nb.uncertainty import Ensemble, tta
 
 rng = np.random.default_rng(0)
@@ -55,22 +55,22 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def targets():
     for i in range(6): picture(f'd/{i}.png', .6 + .08*i, size=(20+i, 30))
-    return read_targets(table([f'{i}.png,bright bar,{i//2}' for i in range(6)], 'image,text,group', 'd/targets.csv'))
+    return read_index(table([f'{i}.png,bright bar,{i//2}' for i in range(6)], 'image,text,group', 'd/targets.csv'), masks=False)
 
 def test_targets():
     picture('d/a.png'); picture('d/b.png')
-    df = read_targets(table(['a.png,left lung,,p1', 'b.png,"a, b",test,', ',x,,', 'a.png, ,,'], 'image,text,split,group', 'd/t.csv'))
+    df = read_index(table(['a.png,left lung,,p1', 'b.png,"a, b",test,', ',x,,', 'a.png, ,,'], 'image,text,split,group', 'd/t.csv'), masks=False)
     assert df['image'].tolist() == [str(Path('d/a.png').resolve()), str(Path('d/b.png').resolve())] and df['text'].tolist() == ['left lung', 'a, b']
     assert df['group'].tolist() == ['p1', 'b.png'] and df['split'].tolist() == ['', 'test'] and set(df['modality']) == {''}
 
 @pytest.mark.parametrize('says,make', [
     ('no index file', lambda: 'none.csv'), ('lacks the column text; it has image', lambda: table(['a.png'], 'image')),
-    ('lacks the columns image and text', lambda: table(['a.png'], 'file')), ('no row with an image and a text', lambda: table([])),
+    ('lacks the columns image, text', lambda: table(['a.png'], 'file')), ('no row with an image and a text', lambda: table([])),
     ('no row with an image and a text', lambda: table(['a.png,  '])), ('names 1 file(s) that are not there', lambda: table(['a.png,x', 'no.png,x'])),
     ('not a readable CSV', lambda: (Path('t.csv').write_bytes(b'\xff\xfe\x00'), 't.csv')[1]), ('not a readable CSV', lambda: (Path('t.csv').write_text(''), 't.csv')[1])])
 def test_targets_are_refused(says, make):
     picture('a.png')
-    with pytest.raises((ValueError, FileNotFoundError), match=says.replace('(', r'\(').replace(')', r'\)')): read_targets(make())
+    with pytest.raises((ValueError, FileNotFoundError), match=says.replace('(', r'\(').replace(')', r'\)')): read_index(make(), masks=False)
 
 @pytest.mark.parametrize('says,rows,kw', [
     ('no rows', [], {}), ('lacks text', [dict(image='a.png')], {}), ('row 1: empty prompt', [dict(image='a.png', text='x'), dict(image='a.png', text=' ')], {}),

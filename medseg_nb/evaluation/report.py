@@ -14,14 +14,14 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from ..core import as_image, atomic_write, check_prompt, write_json
-from ..io import read_image
+from ..io import PICTURES, read_image
 from ..metrics import ConfusionCounts, bootstrap_ci, iou, presence_auc, score_masks
 from ..wording import realm
 
 # %% ../../nbs/70_evaluation.report.ipynb #c010
 def _header_size(path):
     try:
-        with Image.open(path, formats=['PNG', 'JPEG']) as im: return im.size[::-1]
+        with Image.open(path, formats=PICTURES) as im: return im.size[::-1]
     except UnidentifiedImageError: return read_image(path).size
 
 def check_index(df:pd.DataFrame # With columns image, mask, text

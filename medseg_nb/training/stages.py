@@ -15,7 +15,7 @@ from ..postprocess import PostProcess
 from ..fmiseg.learner import Stage, train_fmiseg
 from .nnunet import find_dataset, write_dataset
 from . import nnunet_run
-from .pseudo_labels import pseudo_labels, read_pseudo, read_targets
+from .pseudo_labels import pseudo_labels, read_pseudo
 from ..uncertainty import tta
 from ..segment import load_segmenter
 
@@ -56,7 +56,7 @@ def _train(df, folder, stages, seed, progress, **kwargs):
     progress(f"{folder.name}: done before")
 
 def train_stages(df:pd.DataFrame, # Few masks, from `read_index`
-                 targets:pd.DataFrame, # Images and prompts without masks, from `read_targets`
+                 targets:pd.DataFrame, # Images and prompts without masks, from `read_index(masks=False)`
                  out, # Folder of all results; made if missing
                  upto:str='distilled', # Last stage, one of `NAMES`
                  stages=(Stage(256, 8000, 1.5e-3),), # Of the first training
