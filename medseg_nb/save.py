@@ -137,7 +137,7 @@ def _default_stem(segs:list) -> str:
     name = name[:-7] if name.lower().endswith('.nii.gz') else Path(name).stem
     return f'{name}_{m.index:03d}' if m.index is not None and len(segs) < m.n_slices else name
 
-# %% ../nbs/08_save.ipynb #c024
+# %% ../nbs/08_save.ipynb #c0over
 def _save_overlay(segs:list, p:int, masks:np.ndarray, overlay, path:str) -> bool:
     k = int(masks.sum((1, 2)).argmax()) if masks.any() else int(np.argmax([float(s.prob[p].max()) for s in segs]))
     if segs[k].image is None: return False
@@ -147,6 +147,13 @@ def _save_overlay(segs:list, p:int, masks:np.ndarray, overlay, path:str) -> bool
     _write_png(a, path)
     return True
 
+def _who(segs:list, p:int) -> dict:
+    "Who drew the masks of a prompt, where `hybrid` says it; the proposer if it drew one of them."
+    notes = [s.meta.extra['provenance'][p] for s in segs if 'provenance' in s.meta.extra]
+    if not notes: return {}
+    return dict(by='proposer' if any(n['by'] == 'proposer' for n in notes) else 'segmenter', doubt=max(n['doubt'] for n in notes))
+
+# %% ../nbs/08_save.ipynb #c024
 def save_segmentation(segs, # `Segmentation` of one image, or the list of those of all slices of a volume
                       folder, # Where to; made if missing
                       stem:str|None=None, # Start of the file names, different for each image; None: name of the image
@@ -171,7 +178,7 @@ def save_segmentation(segs, # `Segmentation` of one image, or the list of those 
         if overlay and _save_overlay(segs, p, masks, overlay, base + 'overlay.png'): row['overlay'] = f'{stem}_{slug}_overlay.png'
         row['area_fraction'] = round(float(masks.mean()), 6)
         if first.score is not None: row['score'] = round(max(float(s.score[p]) for s in segs), 6)
-        rows.append(row)
+        rows.append(row | _who(segs, p))
     if first.meta.extra.get('format') == 'DICOM':
         write_json(folder/f'{stem}_geometry.json', geometry_json(first.meta))
         for row in rows: row['geometry'] = f'{stem}_geometry.json'

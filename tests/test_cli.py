@@ -106,6 +106,15 @@ def test_uncertainty(run, model, flag):
     assert 'uncertainty' not in plain and png(f"out/{e['uncertainty']}").dtype == np.uint16 and png(f"out/{e['uncertainty']}").shape == (33, 50)
     if flag == '--uncertainty': assert e['area_fraction'] == plain['area_fraction'] and e.get('score') == plain.get('score')
 
+def test_hybrid(run, model):
+    picture('a.png', (33, 50))
+    for limit,who in ((0, 'proposer'), (1, 'segmenter')):
+        assert run('segment', 'a.png', '--prompt', 'left lung', '--model', model, '--hybrid', 'random-walker', '--doubt', limit, '--out', 'out')[0] == 0
+        [e] = report()['results']
+        assert e['by'] == who and e['doubt'] > 0 and png(f"out/{e['uncertainty']}").shape == (33, 50)
+    for says,args in (("unknown proposer 'sem'. Did you mean 'sam'?", ('--hybrid', 'sem')), ("Invalid value for '--doubt'", ('--hybrid', 'random-walker', '--doubt', 2))):
+        refused(run, says, 'segment', 'a.png', '--prompt', 'left lung', '--model', model, '--out', 'no', *args)
+
 def test_zero_shot(run):
     picture('a.png', (33, 50))
     code, out, err = run('segment', 'a.png', '--prompt', 'left lung', '--prompt', 'optic disc', '--mode', 'zeroshot', '--method', 'gradcam', '--out', 'out')
