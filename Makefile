@@ -50,5 +50,5 @@ clean:
 .venv/.dev: .venv/pyvenv.cfg settings.ini setup.py
 	@echo "Installing medseg_nb and its development tools into .venv: some minutes the first time"
 	$(PIP) install -q "pip>=23"
-	$(PIP) install -q -e ".[dev,nnunet]"
+	$(PIP) install -q -e ".[dev,nnunet,wsi]"
 	@touch .venv/.runtime $@
