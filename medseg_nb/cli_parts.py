@@ -42,7 +42,7 @@ def _warn(message, *args, **kwargs): print('medseg: warning:', ' '.join(str(mess
 # %% ../nbs/81b_cli_parts.ipynb #c009
 class Verbs(typer.core.TyperGroup):
     "Verbs in the order in which a newcomer meets them."
-    first, last = ('demo', 'segment', 'saliency', 'train', 'pseudo-label', 'finetune-clip'), ('evaluate', 'data', 'info')
+    first, last = ('demo', 'segment', 'saliency', 'train', 'pseudo-label', 'finetune-clip', 'pbip', 'wsi'), ('evaluate', 'data', 'info')
     def list_commands(self, ctx):
         rest = [n for n in self.commands if n not in self.first + self.last]
         return [n for n in (*self.first, *rest, *self.last) if n in self.commands]
