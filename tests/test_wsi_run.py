@@ -52,6 +52,11 @@ def test_other_settings_are_another_run(slides, tmp_path):
     other = segment_slide(slides[0], Dark(), tmp_path, SlideRun(size=64, mpp=.5, tissue=None, morphology='open'), device='cpu')
     assert 'skipped' not in other and other['post_processing']['morphology'] == 'open'
 
+def test_a_folder_of_something_else_is_kept(slides, tmp_path):
+    (tmp_path/slides[0].stem).mkdir(); (tmp_path/slides[0].stem/'scan.dat').write_text('x')
+    with pytest.raises(ValueError, match='no folder of results'): segment_slide(slides[0], Dark(), tmp_path, run, device='cpu')
+    assert (tmp_path/slides[0].stem/'scan.dat').read_text() == 'x'
+
 BIG = """
 import sys, resource, numpy as np
 sys.path.insert(0, {tests!r})

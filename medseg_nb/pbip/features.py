@@ -8,7 +8,7 @@ __all__ = ['tile_features', 'load_features', 'contact_sheet']
 # %% ../../nbs/43b_pbip.features.ipynb #c002
 import json
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from ..core import atomic_write, best_device, unknown, write_json
@@ -78,8 +78,9 @@ def contact_sheet(protos:Prototypes, # With tiles in their provenance
     "The tiles nearest to each prototype."
     near = [s.get('nearest', [])[:n] for s in protos.source]
     if not any('slide' in r for rows in near for r in rows): raise ValueError("these prototypes do not say which tiles they come from: give `tables` to image_prototypes")
-    fig = Figure(figsize=(side*(n+1.2), side*len(near)), layout='constrained')
-    for row,(axs, rows) in enumerate(zip(fig.subplots(len(near), n, squeeze=False), near)):
+    fig, grid = plt.subplots(len(near), n, figsize=(side*(n+1.2), side*len(near)), layout='constrained', squeeze=False)
+    plt.close(fig)
+    for row,(axs, rows) in enumerate(zip(grid, near)):
         for a in axs: a.axis('off')
         for a,r in zip(axs, rows):
             with open_slide(slides[r['slide']], slide_mpp) as s: a.imshow(s.read(r['x'], r['y'], r['read_size'], r['level']))

@@ -89,6 +89,7 @@ def segment_slide(path, # Slide file
     start, path, name = time.perf_counter(), Path(path), getattr(net, 'name', '')
     folder, tag = Path(out)/path.stem, run.tag(name, list(net.classes), str(coordinates or ''))
     if said := done_slide(folder, tag): return said | dict(skipped=True)
+    if folder.exists() and not (folder/'metadata.json').is_file(): raise ValueError(f"'{folder}' is no folder of results, and nothing of it will be replaced: choose another folder to write to")
     with open_slide(path, run.slide_mpp) as slide:
         tiles = _tiles_of(slide, run, coordinates)
         if not len(tiles): raise ValueError(f"'{path}' has no tile with {run.tissue:.0%} of tissue: lower `tissue`, or pass None for all tiles")
