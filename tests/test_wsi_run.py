@@ -36,6 +36,13 @@ def test_workers_and_a_lost_one(slides, tmp_path):
     assert [r['status'] for r in run_slides(slides, Load(), tmp_path/'three', run, device='cpu')] == ['there']*5
     assert len((tmp_path/'three'/'batch_results.csv').read_text().splitlines()) == 6
 
+def test_a_scheduler_by_address(slides, tmp_path):
+    "Workers that somebody else has started."
+    import distributed
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        rows = run_slides(slides[:2], Load(), tmp_path, run, scheduler=cluster.scheduler_address, device='cpu')
+    assert [r['status'] for r in rows] == ['done', 'done']
+
 def test_bad_slides_cost_their_rows(slides, tmp_path):
     (tmp_path/'cut.tif').write_bytes(slides[0].read_bytes()[:3000]); (tmp_path/'empty.svs').touch()
     np.save(tmp_path/'far.npy', np.array([[10**6, 0]])); np.save(tmp_path/'ok.npy', np.array([[0, 0]]))
