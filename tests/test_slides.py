@@ -161,3 +161,17 @@ def test_twenty_thousand_square_in_little_memory(tmp_path):
     r = subprocess.run([sys.executable, '-c', BIG, str(tmp_path/'big.tif')], capture_output=True, text=True, timeout=600)
     assert not r.returncode, r.stderr
     assert int(r.stdout) < 700, r.stdout   # mapped pages of the scratch files count too; level 0 alone is 1144 MiB
+
+@pytest.mark.parametrize('mute', ['disabled', 'level', 'all'])
+def test_a_cut_file_is_seen_by_who_logs_nothing(tmp_path, mute):
+    "Whether a file was cut is told by tifffile's log, also where that is switched off."
+    import logging
+    log = logging.getLogger('tifffile')
+    write_pyramid(tmp_path/'a.tif', np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8), mpp=.5)
+    (tmp_path/'cut.tif').write_bytes((tmp_path/'a.tif').read_bytes()[:-200_000])
+    try:
+        if mute == 'disabled': log.disabled = True
+        if mute == 'level': log.setLevel(logging.CRITICAL)
+        if mute == 'all': logging.disable(logging.CRITICAL)
+        with pytest.raises(ValueError, match='cut off'): open_slide(tmp_path/'cut.tif')
+    finally: log.disabled = False; log.setLevel(logging.NOTSET); logging.disable(logging.NOTSET)

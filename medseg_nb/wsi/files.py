@@ -138,10 +138,11 @@ def _strict():
     "What tifffile only logs, pages that lie beyond the end of the file, as an error."
     said = logging.Handler(logging.WARNING)
     said.lines, log = [], logging.getLogger('tifffile')
-    said.emit, was = lambda r: said.lines.append(r.getMessage()), log.propagate
-    log.addHandler(said); log.propagate = False
+    said.emit, was, off = lambda r: said.lines.append(r.getMessage()), (log.propagate, log.disabled, log.level), logging.root.manager.disable
+    log.addHandler(said); log.setLevel(logging.WARNING); logging.disable(logging.NOTSET)
+    log.propagate = log.disabled = False
     try: yield
-    finally: log.removeHandler(said); log.propagate = was
+    finally: log.removeHandler(said); log.setLevel(was[2]); logging.disable(off); log.propagate, log.disabled = was[:2]
     if any('offset' in o and 'page' in o and 'Tag' not in o for o in said.lines):
         raise ValueError("cut off: a page lies beyond the end of the file")
 
