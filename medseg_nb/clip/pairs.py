@@ -12,7 +12,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from .dhn_nce import same_text
-from ..data import ToUnit, PromptBlock, Prompts, cut_window, dihedral, load_square, random_light
+from ..data import ToUnit, PromptBlock, Prompts, cut_window, dihedral, load_square, random_light, read_table
 from ..wording import FREE, SYNONYMS, mirror_prompt, paraphrase, realm
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.data.block import DataBlock, TransformBlock
@@ -25,10 +25,7 @@ from torch import Tensor
 
 # %% ../../nbs/13a_clip.pairs.ipynb #c008
 def _table(path):
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no file '{path}'")
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"'{path}' is not a readable CSV: {e}") from e
+    df = read_table(path)
     if 'image' not in df or not {'text', 'caption', 'report'} & set(df):
         raise ValueError(f"'{path}' needs a column image and one of text, caption, report; it has {', '.join(df.columns)}")
     return df.apply(lambda c: c.str.strip())

@@ -10,14 +10,10 @@ import random
 from pathlib import Path
 import pandas as pd
 from ..core import unknown
+from ..data import read_table
 
 # %% ../../nbs/43_pbip.tables.ipynb #c005
-def _read(path, what):
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no {what} file '{path}'")
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"'{path}' is not a readable CSV: {e}") from e
-    return df.apply(lambda c: c.str.strip())
+def _read(path, what): return read_table(path, what).apply(lambda c: c.str.strip())
 
 def slide_name(name:str) -> str:
     "The name of a slide without the extension of its file."
