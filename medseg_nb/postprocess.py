@@ -167,9 +167,10 @@ def crf(prob:Tensor, # Map (H, W) or maps (P, H, W) in [0, 1]
         theta_alpha:float=4., # Reach of the first in pixels
         theta_beta:float=.06, # Difference in colour that silences it, image in [0, 1]
         theta_gamma:float=1.5, # Reach of the second in pixels
-        n_iter:int=5 # Mean-field updates
+        n_iter:int=5, # Mean-field updates
+        exclusive:bool=False # The P maps are the classes of one label map and sum to 1; else each is a map of its own
        ) -> Tensor: # Maps in [0, 1]
-    "Mean-field inference in a two-label CRF over a window of neighbours."
+    "Mean-field inference in a CRF over a window of neighbours: two labels for each map, or P labels for all."
     _check_map(prob); _check_image(image, prob)
     for n,o in dict(radius=radius, n_iter=n_iter).items(): _check_number(n, o, 1, whole=True)
     for n,o in dict(w_look=w_look, w_near=w_near).items(): _check_number(n, o)
@@ -182,8 +183,10 @@ def crf(prob:Tensor, # Map (H, W) or maps (P, H, W) in [0, 1]
     near = [torch.full_like(k, math.exp(-d/(2*theta_gamma**2))) for k,(d, _, _) in zip(look, shifts)]
     look, near = _normalise(look, shifts, im[0]), _normalise(near, shifts, im[0])
     ks = [w_look*a + w_near*b for a,b in zip(look, near)]
-    logit = torch.logit(p, 1e-4)
-    for _ in range(n_iter): p = torch.sigmoid(logit + _votes(2*p-1, ks, shifts))
+    if exclusive and (p.ndim != 3 or ((p.sum(0)-1).abs() > 1e-3).any()): raise ValueError("exclusive maps (P, H, W) sum to 1 over P, these do not")
+    unary = p.clamp(min=1e-4).log() if exclusive else torch.logit(p, 1e-4)
+    for _ in range(n_iter):
+        p = (unary + _votes(p, ks, shifts)).softmax(0) if exclusive else torch.sigmoid(unary + _votes(2*p-1, ks, shifts))
     return p.to(prob.dtype)
 
 # %% ../nbs/05_postprocess.ipynb #c032
