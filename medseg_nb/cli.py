@@ -15,7 +15,7 @@ import typer
 from . import __version__
 from .cli_parts import (CALL, Batch, Device, Frame, Images, Index, Model, Out, Prompts, Slice, Split, Threshold, Window, app, check_out,
                                  check_threshold, columns, example, finish, main, parse_window, progress, read_call, rows_of_split, run_jobs)
-import medseg_nb.cli_clip, medseg_nb.cli_pbip, medseg_nb.cli_stages, medseg_nb.cli_train, medseg_nb.cli_wsi
+import medseg_nb.cli_clip, medseg_nb.cli_mhqr, medseg_nb.cli_pbip, medseg_nb.cli_stages, medseg_nb.cli_train, medseg_nb.cli_wsi
 
 # %% ../nbs/82_cli.ipynb #c008
 @app.command(epilog=example('medseg segment chest.png --prompt "left lung" --prompt "right lung" --out out'))
@@ -25,7 +25,7 @@ def segment(image:Images, prompt:Prompts, out:Out, model:Model='tiny',
             method:Annotated[str|None, typer.Option(help='Of saliency in the modes prior and zeroshot: m2ib, nib, gradient, gradcam.')]=None,
             uncertainty:Annotated[bool, typer.Option('--uncertainty', help='Write maps of uncertainty too: entropy in bits.')]=False,
             views:Annotated[bool, typer.Option('--tta', help='Mean of four views, mirrored and smaller, with their uncertainty.')]=False,
-            helper:Annotated[str|None, typer.Option('--hybrid', help='Asked where the model is in doubt: random-walker, sam, sam2, medsam, a folder or hub id.')]=None,
+            helper:Annotated[str|None, typer.Option('--hybrid', help='Asked where the model is in doubt: random-walker, prior-walker, sam, sam2, medsam, a folder or hub id.')]=None,
             limit:Annotated[float, typer.Option('--doubt', min=0, max=1, help='Of --hybrid: mean entropy of a target, in bits, above which help is asked for.')]=.4,
             threshold:Threshold=None, window:Window=None, index:Slice=None, frame:Frame=None, device:Device=None, bs:Batch=8):
     "Write masks, probability maps and overlays of images."
@@ -41,7 +41,7 @@ def segment(image:Images, prompt:Prompts, out:Out, model:Model='tiny',
     if helper:
         from medseg_nb.hybrid import hybrid, needs_help
         from medseg_nb.sam.pretrained import load_proposer
-        segmenter = hybrid(segmenter, load_proposer(helper, **({} if helper == 'random-walker' else dict(device=device))), partial(needs_help, limit=limit))
+        segmenter = hybrid(segmenter, load_proposer(helper, **({} if helper.endswith('-walker') else dict(device=device))), partial(needs_help, limit=limit))
     read = partial(read_slices, window=window, index=index, frame=frame)
     finish(folder, [r for rows,_ in run_jobs(segmenter, [(p, prompts) for p in paths], folder, threshold, read=read) for r in rows])
 

@@ -135,8 +135,21 @@ def test_a_killed_run_goes_on(tmp_path):
     picture(root/'JPEGImages/i0.jpg', (4, 6)); put(root/'SegmentationClass/i0.png', np.tile([0, 3, 20], (4, 2)))
     run_bench(predict, bench, out)
     assert len(seen) == 4, 'an image that was exchanged is done again'
+    (out/'after'/'i2.png').unlink()
+    run_bench(predict, bench, out)
+    assert len(seen) == 5, 'a label map that is gone is made again'
     run_bench(predict, bench, out, fresh=True)
-    assert len(seen) == 10
+    assert len(seen) == 11
+
+def test_a_fresh_run_takes_nothing_that_is_not_its_own(tmp_path):
+    voc(tmp_path/'voc')
+    (tmp_path/'out/after').mkdir(parents=True); (tmp_path/'out/after/mine.txt').write_text('keep')
+    (tmp_path/'out/rows.jsonl').write_text('{"key": "of another kind"}')
+    bench = read_benchmark('voc21', tmp_path/'voc')
+    with pytest.raises(ValueError, match='holds a run with other settings'): run_bench(by_colour, bench, tmp_path/'out')
+    (tmp_path/'out/rows.jsonl').unlink()
+    run_bench(by_colour, bench, tmp_path/'out', fresh=True)
+    assert (tmp_path/'out/after/mine.txt').read_text() == 'keep'
 
 def test_a_run_without_folder_leaves_nothing(tmp_path, monkeypatch):
     voc(tmp_path/'voc')
@@ -150,7 +163,7 @@ def test_an_unreadable_image_does_not_lose_the_others(tmp_path):
     report = run_bench(by_colour, read_benchmark('voc21', tmp_path/'voc'), tmp_path/'out')
     assert [r['id'] for r in report.failed] == ['a'] and len(report.ok) == 1
     made = json.loads((tmp_path/'out/report.json').read_text())['results']
-    assert 'labels' in made[0] and 'a.jpg' in made[1]['error'] and made[1]['image'].endswith('voc/JPEGImages/a.jpg')
+    assert 'labels' in made[0] and 'a.jpg' in made[1]['error'] and made[1]['image'] == '../voc/JPEGImages/a.jpg' and str(tmp_path) not in made[1]['error']
 
 def test_an_ablation_goes_on_and_keeps_what_worked(tmp_path):
     voc(tmp_path/'voc')

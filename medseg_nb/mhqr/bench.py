@@ -86,7 +86,7 @@ def _read_rows(path):
     out = []
     for l in path.read_text(encoding='utf-8').split('\n'):
         with suppress(ValueError): out.append(json.loads(l))
-    return out
+    return [o for o in out if isinstance(o, dict)]
 
 def _differs(old, new):
     "Where two dicts of settings differ, in words."
@@ -96,14 +96,14 @@ def _differs(old, new):
 def _resume(out, head, fresh):
     "Rows by key that a run with these settings left in a folder."
     path = out/'rows.jsonl'
-    for n in _OWN if fresh else (): shutil.rmtree(out/n) if (out/n).is_dir() else (out/n).unlink(missing_ok=True)
+    for n in _OWN if fresh and path.is_file() else (): shutil.rmtree(out/n) if (out/n).is_dir() else (out/n).unlink(missing_ok=True)
     rows = _read_rows(path) if path.is_file() else []
     if rows and rows[0].get('head') != head:
         diff = _differs(rows[0].get('head') or {}, head)
         raise ValueError(f"'{out}' holds a run with other settings: {diff}. Take another folder, or start afresh")
     out.mkdir(parents=True, exist_ok=True)
     if not rows: path.unlink(missing_ok=True); _append(path, dict(head=head))
-    return {r['key']: r for r in rows[1:] if not r.get('error')}
+    return {r['key']: r for r in rows[1:] if 'files' in r and all((out/f).is_file() for f in r['files'].values())}
 
 # %% ../../nbs/34d_mhqr.bench.ipynb #c023
 @dataclass(frozen=True, repr=False)
@@ -240,7 +240,7 @@ def _write(path, o):
 
 def _entry(report, r, item):
     base = dict(image=Path(os.path.relpath(Path(item.image).resolve(), report.out.resolve())).as_posix(), id=r['id'])
-    if 'error' in r: return base | dict(error=r['error'])
+    if 'error' in r: return base | dict(error=r['error'].replace(item.image, base['image']).replace(item.label, Path(item.label).name))
     scores = {k: None if v is None else round(v, 6) for k,v in r['after'].items() if k != 'sums'}
     if 'before' in r: scores |= dict(before=r['before']['miou'], change=round(_change(r), 6))
     held = [report.bench.names[c] for c in sorted(r['held'])]
@@ -276,7 +276,7 @@ def run_bench(predict, # Callable (image (3, H, W), names) -> result with `.prob
               bench, # `Benchmark`
               out=None, # Folder for rows, label maps, tables and pages; None: nothing is written
               n:int|None=None, # So many images, spread evenly; None: all
-              settings:dict|None=None, # Of `predict`, in plain words; None: its attribute `settings`, or none
+              settings:dict|None=None, # What tells this `predict` from others, in plain words; None: its attribute `settings`, if any
               fresh:bool=False, # Do not go on from what the folder holds
               boundary:float=.008, # Tolerance of boundaries, part of the diagonal
               small:float=.01, # Small objects, part of the image
@@ -337,7 +337,7 @@ def run_ablation(make, # Callable (**settings) -> predict, as for `run_bench`
                 ) -> tuple: # Table (a row for each setting), and reports by name
     "Run a benchmark with each of several settings."
     grid, out, rows, reports = _grid(grid), None if out is None else Path(out), {}, {}
-    where = {n: None if out is None else out/stem_slug(n.replace('/', '-')) for n in grid}
+    where = {n: None if out is None else out/stem_slug(n.translate(str.maketrans({'/': '-', ' ': '-', '+': 'plus'}))) for n in grid}
     for name,kw in grid.items():
         kw = {**(base or {}), **kw}
         try: reports[name] = run_bench(make(**kw), bench, where[name], settings=kw, command=command, **kwargs)

@@ -50,7 +50,7 @@ def lift(z:Tensor, # (D, h, w), any length
 # %% ../../nbs/32b_mhqr.context.ipynb #c010
 def look_alike(values:Tensor, # (C, h, w)
                features:Tensor, # (D, h, w), unit length
-               temperature:float=.0008, # Of the attention, in cosines
+               temperature:float=.0004, # Of the attention, in cosines
                chunk:int=1024 # Tokens that ask at once
               ) -> Tensor: # (C, h, w): what the others say
     "Mean of `values` over the tokens that look alike, without the token itself."
@@ -67,7 +67,7 @@ def look_alike(values:Tensor, # (C, h, w)
 def context_attention(prob:Tensor, # (C, H, W), sums to 1
                       features:Tensor, # (D, h, w), unit length, over the whole image
                       strength:float=1., # k
-                      temperature:float=.0008, # Of the attention, in cosines: about .0008 for `image_tokens`, .02 to .1 for an encoder
+                      temperature:float=.0004, # Of the attention, in cosines: about .0004 for `image_tokens`, .02 to .1 for an encoder
                       power:float=2., # Probabilities are sharpened by it first
                       chunk:int=1024 # Tokens that ask at once
                      ) -> Tensor: # (C, H, W), sums to 1

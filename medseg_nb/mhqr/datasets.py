@@ -52,16 +52,16 @@ railing/rail, cushion, base~/pedestal, box, column/pillar, signboard/sign, chest
 sink, skyscraper~, fireplace/hearth, refrigerator/icebox, grandstand~/covered stand, path~, stairs/steps, runway~,
 case/display case/showcase/vitrine, pool table/billiard table, pillow, screen door, stairway~/staircase, river~,
 bridge~/span, bookcase, blind~, coffee table/cocktail table, toilet/commode, flower, book, hill~, bench, countertop,
-stove/kitchen stove, palm/palm tree, kitchen island, computer, swivel chair, boat, bar~, arcade machine, hovel~/hut/shack,
+stove/kitchen stove, palm/palm tree, kitchen island, computer, swivel chair, boat, bar~, arcade machine, hovel~/hut,
 bus/coach/autobus, towel, light/light source, truck/motortruck, tower~, chandelier/pendant, awning/sunshade,
 streetlight/street lamp, booth/stall/kiosk, television/tv/television set, airplane/aeroplane/plane, dirt track~,
 apparel/dress/clothes, pole, land~/soil, bannister/banister/balustrade/handrail, escalator~/moving staircase,
-ottoman/pouf/hassock, bottle, buffet~/sideboard, poster~/placard/notice, stage~, van, ship, fountain, conveyer
+ottoman/pouf/hassock, bottle, buffet~/sideboard, poster~/placard, stage~, van, ship, fountain, conveyer
 belt~/conveyor belt, canopy~, washer/washing machine, plaything/toy, swimming pool~, stool, barrel/cask, basket/handbasket,
 waterfall~/falls, tent~, bag, minibike/motorbike, cradle~, oven, ball, food, step/stair, tank~/storage tank, trade
 name/brand name, microwave/microwave oven, pot/flowerpot, animal/beast/fauna, bicycle/bike, lake~, dishwasher,
 screen/projection screen, blanket~/cover, sculpture, hood/exhaust hood, sconce, vase, traffic light/stoplight, tray,
-ashcan/trash can/garbage can/dustbin, fan, pier~/wharf/dock, crt screen~, plate, monitor/monitoring device, bulletin
+ashcan/trash can/garbage can/dustbin, fan, pier~/wharf, crt screen~, plate, monitor/monitoring device, bulletin
 board/notice board, shower~, radiator, glass/drinking glass, clock, flag'''
 
 def _parse(s):

@@ -122,9 +122,9 @@ def crf_classes(prob:Tensor, # (C, H, W), sums to 1
 class MHQR:
     "Refine a dense prediction by the masks of a promptable segmenter; a callable `(image, class_names) -> MHQRResult`."
     def __init__(self, dense, # Callable `(image, class_names) -> DensePrediction`, an encoder, or the name of one
-                 proposer='random-walker', # Mask proposer, the name of one, or None
+                 proposer='prior-walker', # Mask proposer, the name of one, or None
                  context:bool=True, # Let tokens that look alike vote
-                 queries:bool=True, # Ask for regions; else once for each class
+                 queries:bool|None=None, # Ask for regions, or once for each class; None: for regions, but of a proposer that solves whole maps
                  decoder:bool=False, # Refine masks by the dense features
                  merger:bool=False, # Merge masks that mean the same
                  crf:bool=False, # A CRF over the classes at the end
@@ -132,11 +132,11 @@ class MHQR:
                  n_min:int=10, # Fewest queries, where the map has as many regions
                  n_max:int=200, # Most queries
                  multimask:bool=False, # Ask for several masks, arranged by area for the decoder; else the one for plain use
-                 accept:float=.2, # IoU of mask and region from which a mask is accepted
+                 accept:float=.1, # IoU of mask and region from which a mask is accepted
                  min_score:float=0., # Of the proposer, from which a mask is accepted
                  margin:float=.25, # By which boxes are widened on each side
                  skip_background:bool=False, # Never ask for background classes
-                 rounds:int=1, # Ask again about what has come out
+                 rounds:int=2, # More than one: ask again about what has come out
                  chunk:int=16, # Queries asked at once
                  options:dict|None=None # By step, e.g. dict(context=dict(strength=.5))
                 ):
@@ -148,6 +148,7 @@ class MHQR:
         for n,o in dict(accept=accept, min_score=min_score, margin=margin).items(): _check_number(n, o)
         if accept > 1: raise ValueError(f"accept lies in [0, 1], got {accept}")
         if bad := set(options or {}) - set(STEPS): raise ValueError(f"options for {', '.join(sorted(bad))}: steps are {', '.join(STEPS)}")
+        if queries is None: queries = not getattr(proposer, 'whole_maps', False)
         self.dense, self.proposer, self.options = dense, proposer, {s: dict((options or {}).get(s, {})) for s in STEPS}
         self.on = dict(context=context, queries=queries, decoder=decoder, merger=merger, crf=crf)
         self.ask = dict(scales=tuple(scales), n_min=n_min, n_max=n_max)
