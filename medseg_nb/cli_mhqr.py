@@ -25,9 +25,9 @@ Scales = Annotated[str, typer.Option(help='Scales at which regions are looked fo
 Accept = Annotated[float, typer.Option(min=0, max=1, help='IoU with its region from which a mask is accepted.')]
 Rounds = Annotated[int, typer.Option(min=1, help='Ask again about what has come out.')]
 
-def _switch(name, text, kind=bool): return Annotated[kind, typer.Option(f'--{name}/--no-{name}', help=text)]
+def _switch(name, text): return Annotated[bool, typer.Option(f'--{name}/--no-{name}', help=text)]
 Context = _switch('context', 'Let parts of the image that look alike vote.')
-Queries = _switch('queries', 'Ask for each region, or once for each class; if neither is said, as suits the proposer.', bool|None)
+Queries = _switch('queries', 'Ask for each region; without, once for each class.')
 Decoder = _switch('decoder', 'Refine masks by the dense features.')
 Merger = _switch('merger', 'Merge masks that mean the same.')
 Crf = _switch('crf', 'A CRF over the classes at the end.')
@@ -82,7 +82,7 @@ def _label(predict, path, classes, folder, stem):
 def mhqr(image:Images, out:Out, classes:Classes=None, class_file:ClassFile=None, background:Background='background',
          model:Encoder='tiny', attention:Attention='csa', windows:Windows='auto',
          modality:Annotated[str|None, typer.Option(help='Of the prompt templates, e.g. radiograph, histology, photograph.')]=None,
-         proposer:Proposer='prior-walker', context:Context=True, queries:Queries=None, decoder:Decoder=False, merger:Merger=False, crf:Crf=False,
+         proposer:Proposer='prior-walker', context:Context=True, queries:Queries=True, decoder:Decoder=False, merger:Merger=True, crf:Crf=False,
          scales:Scales='0.25,0.5,1', rounds:Rounds=2, accept:Accept=.1, device:Device=None):
     "Label every pixel with one of several classes."
     folder = check_out(out)
@@ -109,7 +109,7 @@ def mhqr_bench(out:Out, data:Annotated[str, typer.Option(help='Benchmark: voc21,
                number:Annotated[int|None, typer.Option('-n', '--number', min=1, help='So many images, spread evenly; all if not given.')]=None,
                ablation:Annotated[str|None, typer.Option(help='components, scales or queries: a table over settings instead of one run.')]=None,
                model:Encoder='tiny', attention:Attention='csa', windows:Windows='auto',
-               proposer:Proposer='prior-walker', context:Context=True, queries:Queries=None, decoder:Decoder=False, merger:Merger=False, crf:Crf=False,
+               proposer:Proposer='prior-walker', context:Context=True, queries:Queries=True, decoder:Decoder=False, merger:Merger=True, crf:Crf=False,
                scales:Scales='0.25,0.5,1', rounds:Rounds=2, accept:Accept=.1, device:Device=None,
                fresh:Annotated[bool, typer.Option('--fresh', help='Start again, even if a run was interrupted.')]=False):
     "Measure dense prediction and MHQR on a benchmark of the field."
@@ -120,7 +120,6 @@ def mhqr_bench(out:Out, data:Annotated[str, typer.Option(help='Benchmark: voc21,
     if ablation is not None and ablation not in ABLATIONS: raise unknown('ablation', ablation, ABLATIONS)
     bench = read_benchmark(data, _root(data, root), split)
     on = dict(context=context, queries=queries, decoder=decoder, merger=merger, crf=crf, scales=read_scales(scales), rounds=rounds, accept=accept)
-    if ablation is not None: on['queries'] = True # What it varies is regions
     make = _maker(model, device, attention, windows, proposer, bench.classes)
     kw = dict(n=number, fresh=fresh, command=CALL['command'], progress=lambda o: progress(o, len(o), 'predicting'))
     with no_empty_folder(folder):

@@ -183,6 +183,11 @@ def register_segmenter(cls_name:str # `cls` in the config.json of a model folder
 @register_segmenter('nnUNet')
 def _nnunet(folder, config, device=None, bs=1, **kwargs): return load_nnunet(folder, device, **kwargs) # One image at a time
 
+@register_segmenter('Talk2MedSAM')
+def _talk2medsam(folder, config, device=None, bs=4, **kwargs):
+    from medseg_nb.talk2medsam.model import Talk2MedSAM, Talk2MedSAMSegmenter # Late: transformers' SAM takes seconds to import
+    return Talk2MedSAMSegmenter(Talk2MedSAM.from_pretrained(folder), device=device, bs=bs, **kwargs)
+
 @register_segmenter('FMISeg')
 def _fmiseg(folder, config, device=None, **kwargs):
     lacks = [k for k in ('args', 'encoder', 'size') if k not in config]

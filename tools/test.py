@@ -27,6 +27,6 @@ if __name__ == '__main__':
     results = {'export': run('notebooks are clean and exported', sys.executable, 'tools/check_export.py'),
                'lessons': run(f"lessons (flags: {on or 'none'})", 'nbdev_test', '--flags', on, '--n_workers', '2', '--timing', '--do_print',
                               OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads),
-               'tests': run('tests', 'pytest', 'tests', '-q', '--durations=5')}
+               'tests': run('tests', 'pytest', 'tests', '-q', '-n', '2', '--dist', 'loadfile', '--durations=5', OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)}
     failed = [name for name,ok in results.items() if not ok]
     if failed: sys.exit(f"FAILED: {', '.join(failed)}")

@@ -210,7 +210,8 @@ def label_page(rows, # Rows of a report
 
 # %% ../../nbs/34d_mhqr.bench.ipynb #c029
 @patch
-def worst(self:BenchReport, n:int=4) -> list: # The rows that lost most
+def worst(self:BenchReport, n:int=4) -> list:
+    "The rows that lost most."
     return sorted((r for r in self.ok if r['after']['miou'] is not None), key=_change)[:n]
 
 @patch
@@ -226,8 +227,7 @@ def scatter(self:BenchReport) -> plt.Figure:
     "Queries against entropy."
     q = self.queries()
     if q is None: raise ValueError("no queries in this run: predict gave none")
-    fig, ax = plt.subplots(figsize=(3, 2), dpi=80, layout='constrained')
-    plt.close(fig)
+    fig, ax = plt.subplots(figsize=(3, 2), dpi=80, layout='constrained'); plt.close(fig)
     ax.plot([r['entropy'] for r in self.ok], [r['queries'] for r in self.ok], 'o', ms=3)
     ax.set(xlabel='entropy of the scene, bits', ylabel='queries')
     if q['correlation'] is not None: ax.set_title(f"rank correlation {q['correlation']:.2f}", fontsize=7)

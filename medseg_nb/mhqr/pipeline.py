@@ -124,9 +124,9 @@ class MHQR:
     def __init__(self, dense, # Callable `(image, class_names) -> DensePrediction`, an encoder, or the name of one
                  proposer='prior-walker', # Mask proposer, the name of one, or None
                  context:bool=True, # Let tokens that look alike vote
-                 queries:bool|None=None, # Ask for regions, or once for each class; None: for regions, but of a proposer that solves whole maps
+                 queries:bool=True, # Ask for regions; else once for each class
                  decoder:bool=False, # Refine masks by the dense features
-                 merger:bool=False, # Merge masks that mean the same
+                 merger:bool=True, # Merge masks that mean the same
                  crf:bool=False, # A CRF over the classes at the end
                  scales:tuple=(.25, .5, 1.), # Of the pyramid of queries
                  n_min:int=10, # Fewest queries, where the map has as many regions
@@ -148,7 +148,6 @@ class MHQR:
         for n,o in dict(accept=accept, min_score=min_score, margin=margin).items(): _check_number(n, o)
         if accept > 1: raise ValueError(f"accept lies in [0, 1], got {accept}")
         if bad := set(options or {}) - set(STEPS): raise ValueError(f"options for {', '.join(sorted(bad))}: steps are {', '.join(STEPS)}")
-        if queries is None: queries = not getattr(proposer, 'whole_maps', False)
         self.dense, self.proposer, self.options = dense, proposer, {s: dict((options or {}).get(s, {})) for s in STEPS}
         self.on = dict(context=context, queries=queries, decoder=decoder, merger=merger, crf=crf)
         self.ask = dict(scales=tuple(scales), n_min=n_min, n_max=n_max)

@@ -57,10 +57,9 @@ def _set_dots(s, points, labels, scale, r):
 # %% ../../nbs/30a_sam.walker.ipynb #c016
 class PriorWalkerProposer(MaskProposer):
     "Masks by random walks that may stop anywhere and report a prior."
-    whole_maps = True # A map of several objects is as easy as one of them
-    def __init__(self, side:int=128, # Longer side in pixels of the grid that is solved
+    def __init__(self, side:int=192, # Longer side in pixels of the grid that is solved
                  beta:float=8., # How much an edge hinders the walker, in units of the image's own roughness
-                 strength:tuple=(.007, .002, .025), # γ of each mask; the first is for plain use
+                 strength:tuple=(.004, .001, .015), # γ of each mask; the first is for plain use
                  eps:float=1e-3, # Weight across the hardest edge
                  dot:float=.02 # Radius of a point, of the longer side
                 ):
