@@ -220,7 +220,7 @@ def _round(self:MHQR, x, d, key, memo, out):
     on, opt, sec = self.on, self.options, out.seconds
     key += ('context', on['context'], str(opt['context'])),
     with _timed(sec, 'context'): prob = self._once(memo, key, lambda: self._context(x, d)) if on['context'] else d.prob
-    if self.proposer is None and not (on['decoder'] or on['merger']): return replace(out, prob=prob), key
+    if self.proposer is None and not on['decoder']: return replace(out, prob=prob), key
     key += ('queries', on['queries'], str(self.ask), self.skip_background, str(opt['queries'])),
     with _timed(sec, 'queries'): q = self._once(memo, key, lambda: self._queries(prob, d.background))
     if not len(q.boxes): return replace(out, queries=q, accepted=torch.zeros(0).bool()), key

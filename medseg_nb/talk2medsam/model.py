@@ -141,6 +141,11 @@ def load_sam(name, # 'tiny', 'full' (both random), 'medsam', 'sam', a folder, 'h
     _kind(folder, s, 'medsam')
     return _read(folder, SamModel).eval()
 
+def _told(o):
+    "A name as it is, a folder by its whole path."
+    folder = Path(o).expanduser()
+    return str(folder.resolve() if folder.is_dir() and (isinstance(o, Path) or '/' in o or '\\' in o) else o)
+
 def talk2medsam(name='full', # As for `load_sam`
                 adapter='hierarchical', # As for `make_adapter`, or an `Adapter`
                 encoder='tiny', # As for `load_text_encoder`, or an encoder
@@ -150,7 +155,7 @@ def talk2medsam(name='full', # As for `load_sam`
                 **args # Of the adapter, e.g. `form`
                ) -> Talk2MedSAM: # In `eval()`
     "A Talk2MedSAM by names."
-    sources = {k: str(o) for k,o in dict(sam=name, encoder=encoder).items() if isinstance(o, (str, Path))}
+    sources = {k: _told(o) for k,o in dict(sam=name, encoder=encoder).items() if isinstance(o, (str, Path))}
     if sources.get('sam') in _sizes: del sources['sam']
     sam, enc = load_sam(name, pretrained, revision), load_text_encoder(encoder) if 'encoder' in sources else encoder
     if not isinstance(adapter, Adapter):
