@@ -259,6 +259,17 @@ def text_gradient(model:Talk2MedSAM,
     a, b = (pooled + tokens).sqrt(), image.sqrt()
     return TextGradient(a, b, a/(a + b).clamp(min=1e-30))
 
+# %% ../../nbs/35a_talk2medsam.model.ipynb #c0g2
+@patch
+def gates(self:Talk2MedSAMSegmenter) -> dict: # (raw, after sigmoid) by name
+    "The adapter's gates."
+    return self.model.adapter.gates()
+
+@patch
+def text_gradient(self:Talk2MedSAMSegmenter, images, prompts) -> list: # (P,) for each image
+    "The text's share of what moves each mask, without a box."
+    return [text_gradient(self.model, self.model.embed([as_image(im).x]).expand(len(ps), -1, -1, -1), ps).share for im,ps in zip(images, prompts)]
+
 # %% ../../nbs/35a_talk2medsam.model.ipynb #c041
 def _text_part(encoder):
     text = getattr(encoder, 'text', None)
