@@ -289,7 +289,7 @@ def train_talk2medsam(df:pd.DataFrame, # From `read_index`; without a 'val' spli
     (out/'adapter.resume').unlink(missing_ok=True)
     return model
 
-# %% ../../nbs/35c_talk2medsam.learner.ipynb #c038b
+# %% ../../nbs/35c_talk2medsam.learner.ipynb #c039
 def _with_splits(df, leaks):
     if 'group' not in df: raise ValueError(f"the index lacks group, which says what must not be parted; it has {', '.join(df.columns)}")
     df = df.assign(split=df['split'] if 'split' in df else '')
