@@ -3,7 +3,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from medseg_nb.core import seeded
-from medseg_nb.mhqr.queries import PAD, make_queries, query_budget, scene_entropy
+from medseg_nb.mhqr.queries import PAD, make_queries, query_budget, segment_entropy
 from medseg_nb.sam.proposers import check_queries
 
 quick = settings(max_examples=60, deadline=None)
@@ -112,7 +112,7 @@ def test_a_graph_is_not_kept():
 def test_budget_grows_with_entropy():
     n = [query_budget(e) for e in np.linspace(0, 7, 50)]
     assert n[0] == 10 and n[-1] == 200 and n == sorted(n)
-    assert scene_entropy(torch.ones(1, 9, 9)) == 0
+    assert segment_entropy(torch.ones(1, 9, 9)) == 0
 
 good = random_map(0, 3, 20, 20)
 @pytest.mark.parametrize('prob,kw,says', [

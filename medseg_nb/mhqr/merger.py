@@ -207,50 +207,6 @@ def _check_rows(n, scores, classes, text):
         raise ValueError(f"text: expected (C, D) with a row for each class up to {int(classes.max()) if n else 0}, got {tuple(text.shape)}")
     return scores, classes.long()
 
-# %% ../../nbs/33_mhqr.merger.ipynb #c046
-def _group(over, pairs, kept, scores, variant):
-    "Lists of the numbers `kept`, the group with the highest score first."
-    group = GROUPINGS[variant](over[kept][:, kept], pairs[kept][:, kept])
-    best = {}
-    for q,g in zip(kept.tolist(), group.tolist()): best.setdefault(g, []).append(q)
-    return [sorted(o) for o in best.values()]
-
-@torch.no_grad()
-def merge_masks(masks:Tensor, # (Q, H, W), bool or probabilities
-                scores, # (Q,), at least 0
-                classes, # (Q,)
-                features:Tensor|None=None, # (D, h, w), on a grid that covers the whole image; for `region_sim` and `refine`
-                text:Tensor|None=None, # (C, D) vectors of the classes; for `class_sim`
-                iou:float=.3, # Overlap that two masks of a group exceed
-                class_sim:float=.8, # Cosine of two classes from which they are taken for one
-                region_sim:float=.7, # Cosine of two masks' mean features from which they are taken for one thing
-                duplicate:float=.8, # Of two of a class with an IoU above this only the better stays; 1: both
-                variant:str='complete', # Grouping: 'complete' linkage, or the 'published' chains
-                union:str|None=None, # 'weighted', 'noisy-or' or 'average'; None: 'weighted', for 'published' 'average'
-                refine:bool=False, # Decide pixels near the boundaries by `refine_boundary`
-                side:int|None=None, # Measure overlaps at so many pixels on the longer side; None: exactly
-                **kw # For `refine_boundary`: `width`, `tau`, `reach`, `chunk`
-               ) -> Merged: # M masks
-    "Merge masks that overlap and mean the same."
-    _check_masks(masks)
-    if variant not in GROUPINGS: raise unknown('variant', variant, GROUPINGS)
-    union = union or ('average' if variant == 'published' else 'weighted')
-    if refine and features is None: raise ValueError("refine needs features (D, h, w)")
-    if kw and not refine: raise ValueError(f"{', '.join(kw)}: only for refine=True")
-    for n,o in dict(iou=iou, duplicate=duplicate).items(): _check_number(n, o)
-    masks = masks.detach().cpu()
-    scores, classes = _check_rows(len(masks), scores, classes, text)
-    over, regions = mask_overlap(masks, side).iou, None if features is None else region_features(masks, features)
-    limit = duplicate if variant == 'complete' else 1
-    kept = _distinct(over, scores, classes, limit)
-    groups = _group(over, mergeable(over, classes, regions, text, iou, class_sim, region_sim), kept, scores, variant)
-    best = torch.tensor([float(scores[g].max()) for g in groups])
-    m, s, c = union_masks(masks, scores, groups, union), best, vote(classes, scores, groups)
-    if len(groups) < len(kept):
-        last = _distinct(mask_overlap(m, side).iou, s, c, limit).tolist()
-        if len(last) < len(groups): m, s, c, groups = m[last], s[last], c[last], [groups[i] for i in last]
-    return Merged(refine_boundary(m, features, **kw) if refine else m, s, c, groups)
-
 # %% ../../nbs/33_mhqr.merger.ipynb #c047
 def _group(over, pairs, kept, scores, variant):
     "Lists of the numbers `kept`, the group with the highest score first."
