@@ -6,7 +6,7 @@
 __all__ = ['Protocols', 'faithfulness', 'train_talk2medsam']
 
 # %% ../nbs/81i_cli_text.ipynb #c002
-import shlex, time
+import json, shlex, time
 from functools import partial
 from typing import Annotated
 import typer
@@ -91,7 +91,6 @@ def train_talk2medsam(out:Out, index:Indexes=None,
                                   leaks=leaks, resume=not fresh, device=device, progress=partial(print, flush=True))
     from medseg_nb.batch import write_report
     from medseg_nb.core import write_json
-    import json
     write_json(folder/'training.json', json.loads((folder/'report.json').read_text(encoding='utf-8')))
     write_report(folder, [dict(model='.', seconds=round(time.perf_counter()-start, 1))], CALL['command'])
     print(f"the adapter is in {folder.as_posix()}/: medseg faithfulness --index INDEX --model {shlex.quote(str(folder))} --out OUT")

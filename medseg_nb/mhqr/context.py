@@ -10,7 +10,6 @@ import numpy as np, torch, torch.nn.functional as F
 from scipy import ndimage
 from skimage.color import rgb2lab
 from torch import Tensor
-from ..core import unknown
 from .decoder import check_features
 from ..postprocess import _check_number
 

@@ -8,7 +8,7 @@ __all__ = ['TEXTS', 'CONSTANT', 'TRAIN_BOXES', 'PRESETS', 'check_leaks', 'traini
            'talk2medsam_learner', 'cached_dice', 'train_talk2medsam']
 
 # %% ../../nbs/35c_talk2medsam.learner.ipynb #c002
-import copy, hashlib, json, time
+import copy, hashlib, time
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
