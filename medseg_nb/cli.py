@@ -15,7 +15,7 @@ import typer
 from . import __version__
 from .cli_parts import (CALL, Batch, Device, Frame, Images, Index, Model, Out, Prompts, Slice, Split, Threshold, Window, app, check_out,
                                  check_threshold, columns, example, finish, main, parse_window, progress, read_call, rows_of_split, run_jobs)
-import medseg_nb.cli_clip, medseg_nb.cli_mhqr, medseg_nb.cli_pbip, medseg_nb.cli_stages, medseg_nb.cli_text, medseg_nb.cli_train, medseg_nb.cli_wsi
+import medseg_nb.cli_clip, medseg_nb.cli_detect, medseg_nb.cli_mhqr, medseg_nb.cli_pbip, medseg_nb.cli_stages, medseg_nb.cli_text, medseg_nb.cli_train, medseg_nb.cli_wsi
 
 # %% ../nbs/82_cli.ipynb #c008
 @app.command(epilog=example('medseg segment chest.png --prompt "left lung" --prompt "right lung" --out out'))
