@@ -203,15 +203,17 @@ def _scores(model, df, learn):
 def _write(out, model, df, learn, said, took):
     scored = _scores(model, df, learn)
     val = scored[scored['split'] == 'val']
-    cal = fit_calibration(val['label'], val['score'], val['group'])
+    cal = fit_calibration(val['label'], val['score'], val['group']).at(.5)
     threshold = float(cal(choose_threshold(val['label'], val['score'])))
     seen = sorted(set(df['generator'][(df['split'] == 'train') & (df['label'] == 1)]))
-    results = {k: evaluate_scores(scored, cal, threshold, split=k, seen=seen).summary for k in ('val', 'test')
+    reports = {k: evaluate_scores(scored, cal, threshold, split=k, seen=seen) for k in ('val', 'test')
                if scored.loc[scored['split'] == k, 'label'].nunique() == 2}
+    results = {k: r.summary for k,r in reports.items()}
     save = save_semantic if hasattr(model, 'encoder') else save_detector
     save(model, out, calibration=cal.to_dict(), threshold=threshold, training=said, seen=seen, scores={k: v['auc'] for k,v in results.items()})
     history = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
     with atomic_write(out/'history.csv') as tmp: history.to_csv(tmp, index_label='epoch')
     counts = {s: dict(images=len(g), groups=int(g['group'].nunique()), generators=g['generator'].value_counts().to_dict()) for s,g in df.groupby('split')}
-    write_json(out/'training.json', dict(settings=said, splits=counts, results=results, seconds=round(took, 1),
+    rows = reports['test' if 'test' in reports else 'val'].table()[['matched', 'tpr']].reset_index().to_dict('records')
+    write_json(out/'training.json', dict(settings=said, splits=counts, results=results, generators=rows, seconds=round(took, 1),
                                          trained_parameters=sum(p.numel() for p in model.trainable())))

@@ -144,7 +144,10 @@ def _encoded(model, xs):
     local = compute_local_semantic_context(model.encoder, x.split(n))[0] if reads_patches(model) else torch.zeros(len(xs), max(n), 0)
     return [(t, l[:k].cpu()) for t,l,k in zip(spectral.tokens(x).half().cpu().split(n), local, n)]
 
-def reads_patches(model): return hasattr(model, 'encoder') and model.fusion.approach == 'local'
+def reads_patches(model # `SpectralDetector` or `SemanticDetector`
+                 ) -> bool:
+    "Whether a detector wants the CLIP vector of each patch."
+    return hasattr(model, 'encoder') and model.fusion.approach == 'local'
 
 # %% ../../nbs/56_spai.views.ipynb #c023
 def pad_patches(items:list # Of patches or tokens (P, ...), mask (P,), local (P, D), row, label
