@@ -38,14 +38,14 @@ def _save(found, folder, stem, threshold):
         rows.append(dict(extra, score=round(d.probability, 6), generated=d.generated, logit=round(d.logit, 6), patches=len(d.grid), **files))
     return rows
 
-def _told(folder, rows):
+def _told(folder, rows, threshold):
     from medseg_nb.batch import write_report
     rows = [dict(image=r['image']) | {k: v for k,v in r.items() if v is not None} for r in rows]
     write_report(folder, rows, CALL['command'])
     name = lambda r: Path(r['image']).name + (f" {r['slice']}" if 'slice' in r else '')
     said = lambda r: ('failed', '', '') if 'error' in r else ('generated' if r['generated'] else 'real', f"{r['score']:.3f}", r['overlay'])
     print(columns([(name(r), *said(r)) for r in rows], ('image', 'verdict', 'score', 'overlay')))
-    print(f"overlays and report.json are in {folder.as_posix()}/")
+    print(f"above {threshold:.3f}: generated; overlays and report.json are in {folder.as_posix()}/")
     if any('error' in r for r in rows): raise typer.Exit(1)
 
 # %% ../nbs/81j_cli_detect.ipynb #c006
@@ -68,7 +68,7 @@ def detect(image:Images, out:Out, model:DetectorModel='tiny',
     jobs = run_jobs(lambda images, prompts: detector(images, prompts[0]), [(p, [text]) for p in paths], folder, None, 'looking',
                     read=partial(read_slices, window=window, index=index), write=_save)
     if model == 'tiny': print(NOTE)
-    _told(folder, [r for rows,_ in jobs for r in rows])
+    _told(folder, [r for rows,_ in jobs for r in rows], detector.threshold)
 
 # %% ../nbs/81j_cli_detect.ipynb #c013
 def _words(text): return [w.strip() for w in text.split(',') if w.strip()]
