@@ -7,7 +7,7 @@ from medseg_nb.core import as_image
 from medseg_nb.spai.checkpoint import load_detector, save_detector
 from medseg_nb.spai.detect import load_detector_for_use
 from medseg_nb.spai.learner import new_detector, train_spai
-from medseg_nb.spai.spectral import tiny_config
+from medseg_nb.spai.spectral import SpectralDetector, tiny_config
 from medseg_nb.spai.views import Views
 import medseg_nb.cli
 
@@ -39,6 +39,12 @@ def test_backbone_from_a_folder(tmp_path):
     old, new = load_detector('tiny'), new_detector('tiny', str(_saved(tmp_path)))
     for a,b in zip(old.vit.state_dict().values(), new.vit.state_dict().values()): assert a.equal(b)
     with pytest.raises(ValueError, match='another than that of'): new_detector('full', str(tmp_path/'own'))
+
+def test_backbone_with_a_vit_of_its_own(tmp_path):
+    config = tiny_config()
+    config['vit'] = {**config['vit'], 'init_values': 1.}
+    save_detector(SpectralDetector(**config), tmp_path/'scaled')
+    assert new_detector('tiny', str(tmp_path/'scaled')).config['vit']['init_values'] == 1.
 
 def _saved(tmp_path):
     save_detector(load_detector('tiny'), tmp_path/'own')

@@ -23,7 +23,7 @@ from .semantic_detector import SemanticDetector, save_semantic
 from .spectral import SpectralDetector, full_config, tiny_config
 from .views import KeptTokens, Views, WholeImages, context_bank, reads_patches, spai_dls, view_loader
 from .whiten import whiten_vit
-from ..talk2medsam.learner import check_leaks
+from ..talk2medsam.learner import TellEpochs, check_leaks
 from ..training.callbacks import AuxOutputs, ResumeCallback
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
@@ -118,22 +118,12 @@ def new_detector(model:str='tiny', # 'tiny' or 'full'
     if backbone in ('random', 'timm'): return new
     if not path.exists(): raise unknown('backbone', backbone, BACKBONES)
     old = load_detector(path) if path.is_dir() else load_released(path)
-    if old.config['vit'] != config['vit'] or old.patch != new.patch: raise ValueError(f"the ViT in '{path.name}' is another than that of '{model}': {old.config['vit']}, {config['vit']}")
+    if old.patch != new.patch: raise ValueError(f"the ViT in '{path.name}' is another than that of '{model}': for patches of {old.patch}, not of {new.patch}")
+    with seeded(seed): new = SpectralDetector(**{**config, 'vit': old.config['vit']})
     new.vit.load_state_dict(old.vit.state_dict())
     return new
 
 # %% ../../nbs/56a_spai.learner.ipynb #c018
-class _Tell(Callback):
-    "One line per epoch that is trained."
-    order, run_valid = 70, False
-    def __init__(self, tell): self.tell = tell
-    def before_epoch(self): self.t0 = time.time()
-    def after_cancel_epoch(self): self.skipped = True
-    def after_epoch(self):
-        row = ', '.join(f'{k} {v:.4f}' for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1]))
-        if not getattr(self, 'skipped', False): self.tell(f"epoch {self.epoch+1} of {self.n_epoch}: {row} ({time.time()-self.t0:.1f} s)")
-        self.skipped = False
-
 def _table(index, leaks):
     df = read_pairs(index)
     df['group'] = df['group'].where(df['group'] != '', df['image'])
@@ -173,7 +163,7 @@ def train_spai(index, # Table of pairs, CSV
         model = _with_semantics(model, semantic, encoder, how, where, text, vectors).to(device)
         spectral = getattr(model, 'spectral', model)
         dls = spai_dls(df, model, Views(side=spectral.patch, **(views or {})), said['copies'], said['bs'], seed, device, progress)
-        cbs = [*([_Tell(progress)] if progress else []), *([ResumeCallback(out/'detector.resume', tag=_tag(said, df, model))] if resume else [])]
+        cbs = [*([TellEpochs(progress)] if progress else []), *([ResumeCallback(out/'detector.resume', tag=_tag(said, df, model))] if resume else [])]
         learn = spai_learner(dls, model, semantic_loss, semantic_weight, said['lr'], wd, cbs=cbs)
         if device.type == 'cuda': learn.to_bf16()
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(said['epochs'], said['lr'], pct_start=.15)

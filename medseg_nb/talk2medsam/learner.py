@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'CONSTANT', 'TRAIN_BOXES', 'PRESETS', 'check_leaks', 'training_texts', 'jitter_boxes', 'saliency_box',
            'training_boxes', 'CachedRows', 'talk2medsam_dls', 'contrastive_loss', 'AdapterTraining', 'ContrastiveAux',
-           'talk2medsam_learner', 'cached_dice', 'train_talk2medsam']
+           'talk2medsam_learner', 'cached_dice', 'TellEpochs', 'train_talk2medsam']
 
 # %% ../../nbs/35c_talk2medsam.learner.ipynb #c002
 import copy, hashlib, time
@@ -226,10 +226,10 @@ def cached_dice(model:Talk2MedSAM, cache:EmbeddingCache, rows, # Row numbers
         out.append(dice(y[:, 0].cpu() > 0, torch.stack([g.mask for g in got]) > 127).numpy())
     return np.concatenate(out)
 
-class _Tell(Callback):
+class TellEpochs(Callback):
     "One line per epoch that is trained."
     order, run_valid = 70, False
-    def __init__(self, tell): self.tell = tell
+    def __init__(self, tell): self.tell = tell # Called with the line
     def before_epoch(self): self.t0 = time.time()
     def after_cancel_epoch(self): self.skipped = True
     def after_epoch(self):
@@ -277,7 +277,7 @@ def train_talk2medsam(df:pd.DataFrame, # From `read_index`; without a 'val' spli
     with seeded(seed):
         dls = talk2medsam_dls(df, cache, model, boxes, text, jitter, bs, seed, encode, device)
         tag = _tag(said, cache, df, dls, model)
-        cbs = [*([_Tell(progress)] if progress else []), *([ResumeCallback(out/'adapter.resume', tag=tag)] if resume else [])]
+        cbs = [*([TellEpochs(progress)] if progress else []), *([ResumeCallback(out/'adapter.resume', tag=tag)] if resume else [])]
         learn = talk2medsam_learner(dls, model, preset, contrastive, lr=lr, wd=wd, cbs=cbs)
         if device.type == 'cuda': learn.to_bf16()
         scores = _scores(df, cache, model, boxes, text, seed, encode, frozen=True)
