@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['read_table', 'read_index', 'split_groups', 'with_val', 'make_episodes', 'byte_cache', 'load_square', 'dihedral',
            'TensorMasks', 'TensorPrompt', 'Prompts', 'cut_window', 'ImageGetter', 'MasksGetter', 'TeachersGetter',
-           'get_prompts', 'Tokenize', 'PromptBlock', 'ToUnit', 'random_affine', 'random_light', 'JointAugment',
-           'prompt_block', 'prompt_dls']
+           'get_prompts', 'Tokenize', 'PromptBlock', 'ToUnit', 'JointAugment', 'prompt_block', 'prompt_dls']
 
 # %% ../nbs/02_data.ipynb #c002
 import os, random
@@ -14,6 +13,7 @@ from collections import OrderedDict
 from functools import wraps
 from pathlib import Path
 from threading import Lock
+from .augment import random_affine, random_light
 from .core import letterbox
 from .io import read_image
 from .packs import data_roots, get_pack, list_packs
@@ -82,6 +82,14 @@ def with_val(df:pd.DataFrame # With columns `split` and `group`
 def _dihedral(r, rng): return rng.randrange(8) if r in FREE else rng.randrange(2)
 def _turnable(m): return m['realm'] if all(mirror_prompt(t) == t for t,_ in m['rows']) else 'sided'
 
+class _Nears(dict):
+    "The smallest window by pack; packs that are not named have the largest."
+    def __init__(self, near):
+        super().__init__(near if isinstance(near, dict) else {'': near})
+        for n in self.values():
+            if not 0 < n <= 1: raise ValueError(f"near is a part of the image's side, above 0 and at most 1, got {n}")
+    def __missing__(self, pack): return self[''] if '' in self else 1.
+
 def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   n:int|None=None, # Training episodes; None: one per image
                   prompts:int=2, # Prompts of an episode
@@ -89,12 +97,12 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   words:float=.5, # Probability of a synonym
                   weights:dict|None=None, # Relative weight of a pack, by the value of column `pack`
                   flips:bool=True, # Mirror and turn
-                  near:float=1., # Side of the smallest window, as a part of the image's; 1: always the whole image
+                  near:float|dict=1., # Side of the smallest window, as a part of the image's, for all or by pack; 1: always the whole image
                   seed:int=0 # Of everything drawn
                  ) -> pd.DataFrame: # Columns image, k, window, texts, masks, valid; with a column `teacher` in `df` also teachers
     "Draw training episodes from the rows of `split` 'train', and one plain episode for each row of 'val'."
     rng, train = random.Random(seed), df[df['split'] == 'train']
-    if not 0 < near <= 1: raise ValueError(f"near is a part of the image's side, above 0 and at most 1, got {near}")
+    near = _Nears(near)
     if train.empty: raise ValueError(f"no row has split 'train'; splits are {', '.join(sorted(df['split'].unique()))}")
     images = [dict(image=i, rows=list(zip(g['text'], g['mask'])), realm=realm(g['modality'].iloc[0]),
                    pack=g['pack'].iloc[0] if 'pack' in g else '')
@@ -103,7 +111,7 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
     size = pd.Series([m['pack'] for m in images]).value_counts()
     w = [(weights or {}).get(m['pack'], 1.)/(size[m['pack']] if weights else 1) for m in images]
     order = rng.choices(images, w, k=n) if n else images
-    rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, near, rng) for m in order]
+    rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, near[m['pack']], rng) for m in order]
     rows += [dict(image=r.image, k=0, window=(0., 0., 1.), texts=[r.text], masks=[r.mask], valid=True) for r in df[df['split'] == 'val'].itertuples()]
     if 'teacher' in train: _add_teachers(rows, dict(zip(train['mask'], train['teacher'].fillna(''))))
     return pd.DataFrame(rows)
@@ -258,38 +266,12 @@ class ToUnit(Transform):
     def encodes(self, o:TensorImage): return o.float()/255
     def encodes(self, o:TensorMasks): return o.float()/255
 
-def random_affine(n:int, zoom:float, turn:float, shift:float, g:torch.Generator|None=None) -> Tensor:
-    "`n` maps (2, 3): scale by up to `zoom` either way, turn by up to `turn` degrees, shift by up to `shift` of half the side."
-    u = lambda: torch.rand(n, generator=g)*2-1
-    s, a = torch.exp(u()*np.log(zoom)), torch.deg2rad(u()*turn)
-    sx = torch.exp(u()*.08)
-    return torch.stack((torch.stack((s*sx*a.cos(), -s*a.sin(), u()*shift), 1), torch.stack((s*a.sin(), s/sx*a.cos(), u()*shift), 1)), 1)
-
-# %% ../nbs/02_data.ipynb #c053
-def _per_image(n, lo, hi, like, shape=(1, 1, 1)): return torch.empty(n, *shape, device=like.device).uniform_(lo, hi)
-
-def random_light(x:Tensor, # Images (B, 3, H, W) in [0, 1]
-                 amount:float=1. # 0 leaves them unchanged
-                ) -> Tensor: # (B, 3, H, W) in [0, 1]
-    "Random gamma, contrast, brightness, colour cast, loss of colour, blur and noise, each image its own."
-    n, a = len(x), amount
-    some = lambda p: (torch.rand(n, 1, 1, 1, device=x.device) < p*min(1., a)).float()
-    x = x.clamp(1e-4, 1)**torch.exp(_per_image(n, -.4*a, .4*a, x))
-    m = x.mean((1, 2, 3), keepdim=True)
-    x = (x-m)*torch.exp(_per_image(n, -.3*a, .3*a, x)) + m + _per_image(n, -.1*a, .1*a, x)
-    x = x*torch.exp(_per_image(n, -.2*a, .2*a, x, (3, 1, 1))*some(.6))
-    grey, g = x.mean(1, keepdim=True), some(.15)
-    x = x + (grey-x)*g
-    blurred = F.interpolate(F.avg_pool2d(x, 2), x.shape[-2:], mode='bilinear', align_corners=False)
-    x = torch.lerp(x, blurred, _per_image(n, 0, 1, x)*some(.25))
-    return (x + torch.randn_like(x)*_per_image(n, 0, .04*a, x)*some(.3)).clamp(0, 1)
-
 # %% ../nbs/02_data.ipynb #c056
 class JointAugment(ItemTransform):
     "Random affine of image and masks together, then light; training batches only."
     split_idx, order = 0, 20
-    def __init__(self, zoom=1.35, turn=15., shift=.12, light=1., p=.9):
-        self.zoom, self.turn, self.shift, self.light, self.p = zoom, turn, shift, light, p
+    def __init__(self, zoom=1.35, turn=15., shift=.12, light=1., p=.9, colour=0.):
+        self.zoom, self.turn, self.shift, self.light, self.p, self.colour = zoom, turn, shift, light, p, colour
     def encodes(self, b):
         x, prompt, *ys = (b[0].as_subclass(Tensor), b[1], *(y.as_subclass(Tensor) for y in b[2:]))
         theta = random_affine(len(x), self.zoom, self.turn, self.shift).to(x)
@@ -297,7 +279,7 @@ class JointAugment(ItemTransform):
         theta = torch.lerp(theta, torch.eye(2, 3).to(x)[None], keep)
         grid = F.affine_grid(theta, (len(x), 1, *x.shape[-2:]), align_corners=False)
         x, *ys = F.grid_sample(torch.cat((x, *ys), 1), grid, align_corners=False).split([3, *(y.shape[1] for y in ys)], 1)
-        return TensorImage(random_light(x, self.light)), prompt, *map(TensorMasks, ys)
+        return TensorImage(random_light(x, self.light, self.colour)), prompt, *map(TensorMasks, ys)
 
 # %% ../nbs/02_data.ipynb #c062
 def prompt_block(encoder, # Text encoder whose tokens the model reads
@@ -305,20 +287,21 @@ def prompt_block(encoder, # Text encoder whose tokens the model reads
                  max_tokens:int=24, # Longest text
                  augment:bool=True, # Random affine and light in training
                  load:int|None=None, # Side of the square that windows of `size` are cut from; validation sees it whole; None: `size`
-                 teacher:bool=False # The maps of a teacher as a second target
+                 teacher:bool=False, # The maps of a teacher as a second target
+                 colour:float=0. # Of `random_light`, in training
                 ) -> DataBlock: # Takes a table of episodes
     "The `DataBlock` for episodes: image and prompts in, masks out."
     targets = [MasksGetter(size, load)] + [TeachersGetter(size, load)]*teacher
     return DataBlock(blocks=(TransformBlock(), PromptBlock(encoder, max_tokens), *[TransformBlock()]*len(targets)), n_inp=2,
                      getters=[ImageGetter(size, load), get_prompts, *targets], splitter=_by_valid,
-                     batch_tfms=[ToUnit()] + ([JointAugment()] if augment else []))
+                     batch_tfms=[ToUnit()] + ([JointAugment(colour=colour)] if augment else []))
 
 def _by_valid(df): return IndexSplitter(np.flatnonzero(df['valid']))(df)
 
 def prompt_dls(episodes:pd.DataFrame, # From `make_episodes`
-               encoder, size:int=256, bs:int=8, max_tokens:int=24, augment:bool=True, load:int|None=None, **kwargs) -> DataLoaders:
+               encoder, size:int=256, bs:int=8, max_tokens:int=24, augment:bool=True, load:int|None=None, colour:float=0., **kwargs) -> DataLoaders:
     "fastai `DataLoaders` of episodes; those of a table with `teachers` have their maps as a second target."
-    return prompt_block(encoder, size, max_tokens, augment, load, 'teachers' in episodes).dataloaders(episodes, bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
+    return prompt_block(encoder, size, max_tokens, augment, load, 'teachers' in episodes, colour).dataloaders(episodes, bs=bs, num_workers=kwargs.pop('num_workers', 0), **kwargs)
 
 # %% ../nbs/02_data.ipynb #c064
 @show_batch.dispatch

@@ -45,11 +45,11 @@ class PriorSegmenter(FMISegSegmenter):
         self.settings = {'size': 224, **own}
         _checked(self.eye, self.method, self.settings)
 
-    def _priors(self, images, texts):
-        "Maps (P, size, size) of each image, in the square of the model."
+    def _priors(self, images, texts, side):
+        "Maps (P, side, side) of each image, in the square of the model."
         asked = [list(dict.fromkeys(map(map_prompt, ts))) for ts in texts]
         maps = saliency_maps(self.eye, images, asked, self.method, bs=self.bs, **self.settings)
-        return [prior_square(m, im.size, self.size)[[a.index(map_prompt(t)) for t in ts]] for im,m,a,ts in zip(images, maps, asked, texts)]
+        return [prior_square(m, im.size, side)[[a.index(map_prompt(t)) for t in ts]] for im,m,a,ts in zip(images, maps, asked, texts)]
 
     def __repr__(self): return super().__repr__().replace('FMISegSegmenter(', f'PriorSegmenter({self.method} maps, ')
 

@@ -4,10 +4,11 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from fastai.torch_core import TensorImage
 from hypothesis import given, settings, strategies as st
 from medseg_nb import data, packs
+from medseg_nb.augment import random_light
 from medseg_nb.clip.biomedclip import load_encoder
 from medseg_nb.core import seeded
 from medseg_nb.data import (JointAugment, Prompts, TensorMasks, Tokenize, byte_cache, dihedral, get_pack, list_packs, load_square, make_episodes,
-                            prompt_dls, random_light, read_index, split_groups)
+                            prompt_dls, read_index, split_groups)
 from medseg_nb.phantoms import KINDS, ellipse, make_phantom_pack, phantom
 from medseg_nb.wording import SYNONYMS, TEMPLATES, mirror_prompt, paraphrase, realm
 

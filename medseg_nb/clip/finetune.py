@@ -6,7 +6,7 @@
 __all__ = ['train_blocks', 'ClipPair', 'place_positions', 'Retrieval', 'patch_loss', 'clip_learner', 'finetune_clip']
 
 # %% ../../nbs/13b_clip.finetune.ipynb #c002
-import hashlib, math, random, time
+import hashlib, math, random
 from functools import partial
 from pathlib import Path
 from .. import __version__
@@ -22,7 +22,7 @@ from ..data import with_val
 from .biomedclip import ClipEncoder, load_encoder, save_encoder
 from .dhn_nce import ClipLoss, make_clip_loss, retrieval_topk
 from .pairs import KINDS, make_pairs, pair_dls, read_pairs
-from ..training.callbacks import AuxOutputs, EMACallback, ResumeCallback
+from ..training.callbacks import AuxOutputs, EMACallback, ResumeCallback, TellEpochs
 
 # %% ../../nbs/13b_clip.finetune.ipynb #c008
 def _towers(enc):
@@ -195,17 +195,6 @@ class _Draw(Callback):
         rows = self.draw(self.epoch)
         for tl in self.dls.train_ds.tls: tl.items = rows
 
-class _Tell(Callback):
-    "One line per epoch that is trained."
-    order, run_valid = 70, False
-    def __init__(self, tell): self.tell = tell
-    def before_fit(self): self.t0, self.skipped = time.time(), False
-    def after_cancel_epoch(self): self.skipped = True
-    def after_epoch(self):
-        row = zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1])
-        if not self.skipped: self.tell(f"epoch {self.epoch+1} of {self.n_epoch}: {', '.join(f'{k} {v:.4f}' for k,v in row if v is not None)} ({time.time()-self.t0:.0f} s)")
-        self.skipped = False
-
 def _tag(pairs, *settings): return hashlib.sha256(repr((pairs.to_json(), *map(str, settings))).encode()).hexdigest()
 
 # %% ../../nbs/13b_clip.finetune.ipynb #c039
@@ -248,7 +237,7 @@ def finetune_clip(df:pd.DataFrame, # From `read_pairs`
     state = out/'finetune.resume'
     if not resume: state.unlink(missing_ok=True)
     with seeded(seed):
-        cbs = [_Draw(lambda e: draw(e).query('not valid')), _Tell(progress), *([ResumeCallback(state, tag=_tag(first, settings))] if resume else [])]
+        cbs = [_Draw(lambda e: draw(e).query('not valid')), TellEpochs(progress), *([ResumeCallback(state, tag=_tag(first, settings))] if resume else [])]
         learn = clip_learner(pair_dls(first, enc, bs=bs, device=device), enc, loss, tau, vision, text, heads, lr=lr, wd=wd, cbs=cbs, **kwargs)
         if device.type == 'cuda': learn.to_bf16()
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, learn.lr, pct_start=.1)

@@ -12,7 +12,8 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from .dhn_nce import same_text
-from ..data import ToUnit, PromptBlock, Prompts, cut_window, dihedral, load_square, random_light, read_table
+from ..augment import random_light
+from ..data import ToUnit, PromptBlock, Prompts, cut_window, dihedral, load_square, read_table
 from ..wording import FREE, SYNONYMS, mirror_prompt, paraphrase, realm
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.data.block import DataBlock, TransformBlock

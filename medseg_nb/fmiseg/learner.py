@@ -7,13 +7,12 @@ __all__ = ['TINY_STAGES', 'PACKS', 'PromptedFMISeg', 'fingerprint', 'AuxLoss', '
            'packs_index']
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c002
-import hashlib, time
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from .. import __version__
 import pandas as pd, torch, torch.nn as nn, torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.optimizer import Adam
@@ -28,7 +27,7 @@ from ..losses import DiceBCELoss, DistillLoss
 from ..metrics import MeanDice
 from ..clip.biomedclip import ClipEncoder, load_encoder
 from .model import FMISeg, FMISegOutput, TINY
-from ..training.callbacks import AuxOutputs, EMACallback, ResumeCallback
+from ..training.callbacks import AuxOutputs, EMACallback, ResumeCallback, TellEpochs
 from ..training.distributed import distributed, first_process, own_device, wait_for_all
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c007
@@ -143,18 +142,6 @@ def fmiseg_learner(dls, # From `prompt_dls`
                    metrics=[MeanDice()] if metrics is None else metrics, cbs=cbs, **kwargs)
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c031
-class _Tell(Callback):
-    "One line per epoch that is trained."
-    order, run_valid = 70, False
-    def __init__(self, tell, stage): self.tell, self.stage = tell, stage
-    def before_fit(self): self.t0 = time.time()
-    def after_cancel_epoch(self): self.skipped = True
-    def after_epoch(self):
-        row = dict(zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1]))
-        told = ', '.join(f'{k} {v:.4f}' for k,v in row.items())
-        if not getattr(self, 'skipped', False): self.tell(f"stage {self.stage}, epoch {self.epoch+1} of {self.n_epoch}: {told} ({time.time()-self.t0:.0f} s)")
-        self.skipped = False
-
 def _history(learn, stage): return [dict(stage=stage, epoch=i+1, **dict(zip(learn.recorder.metric_names[1:-1], v))) for i,v in enumerate(learn.recorder.values)]
 
 class Stage(NamedTuple):
@@ -166,33 +153,75 @@ class Stage(NamedTuple):
     per_epoch: int = 1600  # Episodes of an epoch
     weights: dict = {}     # Shares of packs that differ in this stage
     load: int|None = None  # Side of the square that windows of `size` are cut from; None: images are seen whole
+    near: dict = {}        # Smallest windows of packs that do not go to `size` / `load`
+    colour: float = 0.     # Share of images in other colours, and as many in grey
 
 def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, distill, init, resume, progress, device):
     epochs, weights, bs = max(1, round(s.episodes/s.per_epoch)), {**weights, **s.weights} if weights else None, s.bs or bs
-    n = round(s.episodes/epochs)
+    n, near = round(s.episodes/epochs), s.size/(s.load or s.size)
     if s.load and s.load < s.size: raise ValueError(f"stage {k+1} cuts windows of {s.size} pixels from squares of {s.load}")
     if n < bs: raise ValueError(f"stage {k+1} has {n} episodes an epoch, fewer than one batch of {bs}")
     with seeded(seed + k):
-        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, near=s.size/(s.load or s.size), seed=seed + k)
+        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, near={'': near, **s.near}, seed=seed + k)
         tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, distill, init, net.args)).encode()).hexdigest()
-        dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, load=s.load, device=device)
-        cbs = [*([_Tell(progress, k+1)] if first_process() else []), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume and num_distrib() < 2 else [])]
+        dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, load=s.load, colour=s.colour, device=device)
+        cbs = [*([TellEpochs(progress, f'stage {k+1}, ')] if first_process() else []), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume and num_distrib() < 2 else [])]
         learn = fmiseg_learner(dls, net, encoder, train_text, None if distill is None else DistillLoss(distill), ema=.998, lr=s.lr, wd=.02, cbs=cbs)
         if device.type == 'cuda': learn.to_bf16()
         else: learn.model.to(memory_format=torch.channels_last)
         with learn.no_bar(), learn.no_logging(), distributed(learn): learn.fit_one_cycle(epochs, s.lr, pct_start=.1)
     return learn
 
-# %% ../../nbs/22_fmiseg.learner.ipynb #c032
+# %% ../../nbs/22_fmiseg.learner.ipynb #ns1
+_SMALL = ('breast_ultrasound', 'dermoscopy', 'endoscopy', 'mr_slices')
 TINY_STAGES = (Stage(192, 6000, 2e-3, per_epoch=3000), Stage(256, 20000, 1.5e-3, per_epoch=4000),
                Stage(384, 16000, 1e-3, bs=4, per_epoch=2000, weights=dict(cxr_lungs=.22, fundus=.34, nuclei=.2, histo_lymph_node=.09)),
                Stage(256, 56000, 1.5e-3, per_epoch=4000, load=512, weights=(near := dict(cxr_lungs=.28, fundus=.36, nuclei=.2, histo_lymph_node=.1))),
-               Stage(384, 4000, 7e-4, per_epoch=2000, load=512, weights=near))
+               Stage(384, 4000, 7e-4, per_epoch=2000, load=512, weights=near),
+               Stage(256, 36000, 1.5e-3, per_epoch=4500, load=768, near=dict(nuclei=.4, histo_lymph_node=.4, **{p: .6 for p in _SMALL}), colour=.15,
+                     weights=dict(zip(_SMALL, (.05, .02, .04, .04)), cxr_lungs=.17, fundus=.42, nuclei=.16, histo_lymph_node=.1)))
 
+# %% ../../nbs/22_fmiseg.learner.ipynb #ns2
+def _forget(out):
+    for f in out.glob('stage*.resume'): f.unlink()
+
+def _targets(df, distill):
+    "Without a teacher's maps, or surely with some."
+    if distill is None: return df.drop(columns='teacher', errors='ignore')
+    DistillLoss(distill)
+    if 'teacher' not in df or not df['teacher'].fillna('').any(): raise ValueError("distillation needs a column teacher that names soft maps: pseudo_labels writes one")
+    return df
+
+def _grow(model, net_args, seed):
+    "The same weights in a network with more parts; those are new."
+    with seeded(seed): net = FMISeg(**{**model.net.args, **net_args})
+    new, old = net.state_dict(), model.net.state_dict()
+    if bad := [k for k,v in old.items() if k not in new or new[k].shape != v.shape]:
+        raise ValueError(f"the weights of init do not fit these arguments of the network: {', '.join(bad[:4])}")
+    net.load_state_dict(old, strict=False)
+    grown = PromptedFMISeg(net, model.encoder)
+    grown.config = model.config
+    return grown
+
+def _start(init, encoder, net_args, train_text, seed):
+    "A new model or that of a folder, and what to say of it in the config."
+    if encoder and Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
+    if init is None:
+        enc = load_encoder(encoder := encoder or 'tiny')
+        with seeded(seed): return PromptedFMISeg(FMISeg(**(net_args or {**TINY, 'd_text': enc.text_dim})), enc, train_text), dict(encoder=encoder, own_text=encoder == 'tiny')
+    if encoder: raise ValueError("init brings its own encoder: give none beside it")
+    model = PromptedFMISeg.from_pretrained(init)
+    if net_args: model = _grow(model, net_args, seed)
+    model.net.requires_grad_(True)
+    e = model.config['encoder']
+    kept = {k: model.config[k] for k in ('gate', 'lexicon') if k in model.config}
+    return model, dict(encoder=e['name'], revision=e['revision'], own_text=e['text'] == 'own', init=fingerprint(model.net), **kept)
+
+# %% ../../nbs/22_fmiseg.learner.ipynb #ns3
 def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a fifth of the groups is held out
                  out, # Model folder to write; made if missing
                  encoder:str|None=None, # For `load_encoder`; None: 'tiny', or that of `init`
-                 net_args:dict|None=None, # Of `FMISeg`; None: `TINY` with the width of the encoder, or those of `init`
+                 net_args:dict|None=None, # Of `FMISeg`; None: `TINY` with the width of the encoder. Beside `init` those that differ: parts it lacks start new
                  init=None, # Model folder whose weights training starts from
                  stages=TINY_STAGES, # `Stage`s, or tuples of their first fields
                  bs:int=8, # Images of a batch
@@ -221,29 +250,6 @@ def train_fmiseg(df:pd.DataFrame, # From `read_index`; without a 'val' split a f
         _forget(out)
     wait_for_all()
     return model
-
-def _forget(out):
-    for f in out.glob('stage*.resume'): f.unlink()
-
-def _targets(df, distill):
-    "Without a teacher's maps, or surely with some."
-    if distill is None: return df.drop(columns='teacher', errors='ignore')
-    DistillLoss(distill)
-    if 'teacher' not in df or not df['teacher'].fillna('').any(): raise ValueError("distillation needs a column teacher that names soft maps: pseudo_labels writes one")
-    return df
-
-def _start(init, encoder, net_args, train_text, seed):
-    "A new model or that of a folder, and what to say of it in the config."
-    if encoder and Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())
-    if init is None:
-        enc = load_encoder(encoder := encoder or 'tiny')
-        with seeded(seed): return PromptedFMISeg(FMISeg(**(net_args or {**TINY, 'd_text': enc.text_dim})), enc, train_text), dict(encoder=encoder, own_text=encoder == 'tiny')
-    if encoder or net_args: raise ValueError("init brings its own encoder and arguments of the network: give neither of them beside it")
-    model = PromptedFMISeg.from_pretrained(init)
-    model.net.requires_grad_(True)
-    e = model.config['encoder']
-    kept = {k: model.config[k] for k in ('gate', 'lexicon') if k in model.config}
-    return model, dict(encoder=e['name'], revision=e['revision'], own_text=e['text'] == 'own', init=fingerprint(model.net), **kept)
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #c038
 PACKS = dict(cxr_lungs=.26, fundus=.28, nuclei=.15, histo_lymph_node=.13, breast_ultrasound=.06, dermoscopy=.03, endoscopy=.05, mr_slices=.04)

@@ -23,8 +23,8 @@ from .semantic_detector import SemanticDetector, save_semantic
 from .spectral import SpectralDetector, full_config, tiny_config
 from .views import KeptTokens, Views, WholeImages, context_bank, reads_patches, spai_dls, view_loader
 from .whiten import whiten_vit
-from ..talk2medsam.learner import TellEpochs, check_leaks
-from ..training.callbacks import AuxOutputs, ResumeCallback
+from ..talk2medsam.learner import check_leaks
+from ..training.callbacks import AuxOutputs, ResumeCallback, TellEpochs
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner

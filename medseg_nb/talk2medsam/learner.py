@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'CONSTANT', 'TRAIN_BOXES', 'PRESETS', 'check_leaks', 'training_texts', 'jitter_boxes', 'saliency_box',
            'training_boxes', 'CachedRows', 'talk2medsam_dls', 'contrastive_loss', 'AdapterTraining', 'ContrastiveAux',
-           'talk2medsam_learner', 'cached_dice', 'TellEpochs', 'train_talk2medsam']
+           'talk2medsam_learner', 'cached_dice', 'train_talk2medsam']
 
 # %% ../../nbs/35c_talk2medsam.learner.ipynb #c002
 import copy, hashlib, time
@@ -24,8 +24,7 @@ from ..sam.pretrained import map_boxes, model_frame
 from .adapters import sentence
 from .cache import EmbeddingCache, cache_key, tensor_digest, weights_digest
 from .model import Talk2MedSAM
-from ..training.callbacks import AuxOutputs, ResumeCallback
-from fastai.callback.core import Callback
+from ..training.callbacks import AuxOutputs, ResumeCallback, TellEpochs
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -225,17 +224,6 @@ def cached_dice(model:Talk2MedSAM, cache:EmbeddingCache, rows, # Row numbers
         y = model.decode_frozen(x, b) if frozen else model.decode(x, encode(said) if encode else said, b)
         out.append(dice(y[:, 0].cpu() > 0, torch.stack([g.mask for g in got]) > 127).numpy())
     return np.concatenate(out)
-
-class TellEpochs(Callback):
-    "One line per epoch that is trained."
-    order, run_valid = 70, False
-    def __init__(self, tell): self.tell = tell # Called with the line
-    def before_epoch(self): self.t0 = time.time()
-    def after_cancel_epoch(self): self.skipped = True
-    def after_epoch(self):
-        row = ', '.join(f'{k} {v:.4f}' for k,v in zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1]))
-        if not getattr(self, 'skipped', False): self.tell(f"epoch {self.epoch+1} of {self.n_epoch}: {row} ({time.time()-self.t0:.1f} s)")
-        self.skipped = False
 
 def _tag(said, cache, df, dls, model):
     "A checksum of everything that a run depends on."
