@@ -174,12 +174,15 @@ def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, distill, 
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #ns1
 _SMALL = ('breast_ultrasound', 'dermoscopy', 'endoscopy', 'mr_slices')
+_WIDE = dict(nuclei=.4, histo_lymph_node=.4, **{p: .6 for p in _SMALL})
 TINY_STAGES = (Stage(192, 6000, 2e-3, per_epoch=3000), Stage(256, 20000, 1.5e-3, per_epoch=4000),
                Stage(384, 16000, 1e-3, bs=4, per_epoch=2000, weights=dict(cxr_lungs=.22, fundus=.34, nuclei=.2, histo_lymph_node=.09)),
                Stage(256, 56000, 1.5e-3, per_epoch=4000, load=512, weights=(near := dict(cxr_lungs=.28, fundus=.36, nuclei=.2, histo_lymph_node=.1))),
                Stage(384, 4000, 7e-4, per_epoch=2000, load=512, weights=near),
-               Stage(256, 36000, 1.5e-3, per_epoch=4500, load=768, near=dict(nuclei=.4, histo_lymph_node=.4, **{p: .6 for p in _SMALL}), colour=.15,
-                     weights=dict(zip(_SMALL, (.05, .02, .04, .04)), cxr_lungs=.17, fundus=.42, nuclei=.16, histo_lymph_node=.1)))
+               Stage(256, 36000, 1.5e-3, per_epoch=4500, load=768, near=_WIDE, colour=.15,
+                     weights=dict(zip(_SMALL, (.05, .02, .04, .04)), cxr_lungs=.17, fundus=.42, nuclei=.16, histo_lymph_node=.1)),
+               Stage(256, 11000, 1e-3, per_epoch=5500, load=768, near=_WIDE, colour=.1,
+                     weights=dict(zip(_SMALL, (.02, .01, .02, .01)), cxr_lungs=.1, fundus=.66, nuclei=.12, histo_lymph_node=.06)))
 
 # %% ../../nbs/22_fmiseg.learner.ipynb #ns2
 def _forget(out):
