@@ -7,7 +7,7 @@ __all__ = ['ENLARGE', 'bare_prompt', 'fit_prompt', 'image_list', 'text_call', 'T
            'register_segmenter', 'list_segmenters', 'model_folder', 'load_segmenter', 'check_segmenter']
 
 # %% ../nbs/80_segment.ipynb #c002
-import json, warnings
+import json, re, warnings
 from bisect import bisect_right
 from pathlib import Path
 import huggingface_hub, torch
@@ -125,9 +125,11 @@ class FMISegSegmenter(TextSegmenter):
         return self._texts[prompt]
 
     def side(self, im, text:str) -> int:
-        "Side of the square that an image is looked at in for what `text` reads; by prompt, small images are enlarged at most fourfold."
+        "Side of the square for an image and what `text` gave: of the longest prompt in `sizes` whose words it holds; small images are then enlarged at most fourfold."
         if not self.sizes: return self.size
-        return min(self.sizes.get(text, self.size), 32*-(-max(ENLARGE*max(im.size), 64)//32))
+        words = set(re.findall(r'\w+', known_wording(text).lower()))
+        named = [p for p in self.sizes if set(p.lower().split()) <= words]
+        return min(self.sizes[max(named, key=len)] if named else self.size, 32*-(-max(ENLARGE*max(im.size), 64)//32))
 
     def __repr__(self):
         by = f" or {min(self.sizes.values())} to {max(self.sizes.values())} by prompt" if self.sizes else ''
