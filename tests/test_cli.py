@@ -341,7 +341,7 @@ def test_train(run, cases, monkeypatch):
     monkeypatch.setattr(learner, 'train_fmiseg', train_fmiseg, raising=False)
     code, out, err = run('train', 'fmiseg', '--index', cases, '--out', 'model', '--stage', '64@128,32,1e-3', '--stage', '96,16,5e-4', '--bs', '4', '--seed', '3', '--fresh')
     assert code == 0 and not err and out.startswith('one line') and report('model')['results'][0]['model'] == '.'
-    assert [s[:3] + s[-1:] for s in seen['stages']] == [(64, 32, .001, 128), (96, 16, .0005, None)] and (seen['bs'], seen['seed'], seen['resume'], seen['rows']) == (4, 3, False, 6) and seen['packs'] == {'d'}
+    assert [(*s[:3], s.load) for s in seen['stages']] == [(64, 32, .001, 128), (96, 16, .0005, None)] and (seen['bs'], seen['seed'], seen['resume'], seen['rows']) == (4, 3, False, 6) and seen['packs'] == {'d'}
     refused(run, 'nothing to train on', 'train', 'fmiseg', '--out', 'no')
     refused(run, 'a stage', 'train', 'fmiseg', '--index', cases, '--out', 'no', '--stage', '64,32')
     refused(run, "got 'open_clip:ViT-B-32/openai'", 'train', 'fmiseg', '--index', cases, '--out', 'no', '--encoder', 'open_clip:ViT-B-32/openai')
