@@ -89,7 +89,7 @@ class TextSegmenter:
         return bare_prompt(prompt)
 
 # %% ../nbs/80_segment.ipynb #c016
-ENLARGE = 4
+ENLARGE = 4 # How many times larger than it is a small image is seen at most, where sizes go by prompt
 
 class FMISegSegmenter(TextSegmenter):
     "Segment with a trained FMISeg; called with images and prompts."
