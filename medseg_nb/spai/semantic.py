@@ -97,9 +97,9 @@ def _same(d):
     nn.init.eye_(m.weight)
     return m
 
-def _silent(n, m):
-    layer = nn.Linear(n, m)
-    nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+def _silent(n, m, bias=True):
+    layer = nn.Linear(n, m, bias)
+    for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
 # %% ../../nbs/51_spai.semantic.ipynb #c027
@@ -131,7 +131,7 @@ class SemanticFusionModule(nn.Module):
         n = hidden or self.width
         self.out = nn.Linear(n, dim, bias=False) if how == 'gate' else _silent(n, 2*dim) if how == 'film' else _silent(dim+n, dim)
         self.gate = nn.Parameter(torch.zeros(())) if how == 'gate' else None
-        self.score = _silent(self.width, 1) if local and where == 'after' else None
+        self.score = _silent(self.width, 1, bias=False) if local and where == 'after' else None
 
 # %% ../../nbs/51_spai.semantic.ipynb #c029
 _no_text = "this fusion reads captions: give texts, one for each image, or build it with text=False"
