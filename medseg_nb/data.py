@@ -13,7 +13,7 @@ from collections import OrderedDict
 from functools import wraps
 from pathlib import Path
 from threading import Lock
-from .augment import random_affine, random_light
+from .augment import random_affine, random_light, random_stain
 from .core import letterbox
 from .io import read_image
 from .packs import data_roots, get_pack, list_packs
@@ -82,13 +82,13 @@ def with_val(df:pd.DataFrame # With columns `split` and `group`
 def _dihedral(r, rng): return rng.randrange(8) if r in FREE else rng.randrange(2)
 def _turnable(m): return m['realm'] if all(mirror_prompt(t) == t for t,_ in m['rows']) else 'sided'
 
-class _Nears(dict):
-    "The smallest window by pack; packs that are not named have the largest."
-    def __init__(self, near):
-        super().__init__(near if isinstance(near, dict) else {'': near})
-        for n in self.values():
-            if not 0 < n <= 1: raise ValueError(f"near is a part of the image's side, above 0 and at most 1, got {n}")
-    def __missing__(self, pack): return self[''] if '' in self else 1.
+def _sides(near):
+    "From a pack to its smallest and largest window."
+    near = {p: tuple(n) if isinstance(n, (tuple, list)) else (n, 1.) for p,n in (near if isinstance(near, dict) else {'': near}).items()}
+    for least,most in near.values():
+        if not 0 < least <= 1: raise ValueError(f"near is a part of the image's side, above 0 and at most 1, got {least}")
+        if not 1 <= most < 9: raise ValueError(f"the largest window has 1 to 9 times the image's side, got {most}")
+    return lambda pack: near.get(pack, near.get('', (1., 1.)))
 
 def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   n:int|None=None, # Training episodes; None: one per image
@@ -97,12 +97,13 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
                   words:float=.5, # Probability of a synonym
                   weights:dict|None=None, # Relative weight of a pack, by the value of column `pack`
                   flips:bool=True, # Mirror and turn
-                  near:float|dict=1., # Side of the smallest window, as a part of the image's, for all or by pack; 1: always the whole image
+                  near:float|dict=1., # Side of the smallest window, as a part of the image's, for all or by pack; 1: always the whole image; a pair: of the largest too
+                  stain:dict|None=None, # Share of the episodes of a pack that are stained anew, by `random_stain`
                   seed:int=0 # Of everything drawn
                  ) -> pd.DataFrame: # Columns image, k, window, texts, masks, valid; with a column `teacher` in `df` also teachers
     "Draw training episodes from the rows of `split` 'train', and one plain episode for each row of 'val'."
     rng, train = random.Random(seed), df[df['split'] == 'train']
-    near = _Nears(near)
+    sides = _sides(near)
     if train.empty: raise ValueError(f"no row has split 'train'; splits are {', '.join(sorted(df['split'].unique()))}")
     images = [dict(image=i, rows=list(zip(g['text'], g['mask'])), realm=realm(g['modality'].iloc[0]),
                    pack=g['pack'].iloc[0] if 'pack' in g else '')
@@ -111,22 +112,30 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
     size = pd.Series([m['pack'] for m in images]).value_counts()
     w = [(weights or {}).get(m['pack'], 1.)/(size[m['pack']] if weights else 1) for m in images]
     order = rng.choices(images, w, k=n) if n else images
-    rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, near[m['pack']], rng) for m in order]
+    rows = [_episode(m, absent[m['realm']], prompts, negatives, words, flips, sides(m['pack']), rng) for m in order]
     rows += [dict(image=r.image, k=0, window=(0., 0., 1.), texts=[r.text], masks=[r.mask], valid=True) for r in df[df['split'] == 'val'].itertuples()]
+    if stain: _add_stain(rows, dict(zip(train['image'], train['pack'] if 'pack' in train else train['image'].map(lambda i: ''))), stain, rng)
     if 'teacher' in train: _add_teachers(rows, dict(zip(train['mask'], train['teacher'].fillna(''))))
     return pd.DataFrame(rows)
+
+def _add_stain(rows, pack, stain, rng):
+    for r in rows: r['stain'] = not r['valid'] and rng.random() < stain.get(pack[r['image']], 0)
 
 def _add_teachers(rows, of):
     for r in rows: r['teachers'] = [of.get(m, '') for m in r['masks']]
 
-def _window(kind, near, rng):
+def _window(kind, sides, rng):
     "Top, left and side of a square, as parts of the image's side."
+    near, far = sides
+    if far > 1 and kind != 'sided' and rng.random() < .4:
+        side = far**rng.random()
+        return rng.uniform(1-side, 0), rng.uniform(1-side, 0), side
     if near == 1: return 0., 0., 1.
     least = max(near, .75) if kind == 'sided' else near
     side = rng.uniform(least, 1) if rng.random() < .5 else 1. if kind == 'sided' else least
     return rng.uniform(0, 1-side), rng.uniform(0, 1-side), side
 
-def _episode(m, absent, prompts, negatives, words, flips, near, rng):
+def _episode(m, absent, prompts, negatives, words, flips, sides, rng):
     todo, out, k = [], [], _dihedral(_turnable(m), rng) if flips else 0
     for j in range(prompts):
         if j and absent and rng.random() < negatives: out.append((rng.choice(ABSENT if rng.random() < .2 else absent), '')); continue
@@ -134,7 +143,7 @@ def _episode(m, absent, prompts, negatives, words, flips, near, rng):
         out.append(todo.pop())
     texts = [paraphrase(t, rng, words) for t,_ in out]
     if k % 2: texts = [mirror_prompt(t) for t in texts]
-    return dict(image=m['image'], k=k, window=_window(_turnable(m), near, rng), texts=texts, masks=[p for _,p in out], valid=False)
+    return dict(image=m['image'], k=k, window=_window(_turnable(m), sides, rng), texts=texts, masks=[p for _,p in out], valid=False)
 
 # %% ../nbs/02_data.ipynb #c028
 def byte_cache(limit:int # Bytes of the tensors to keep
@@ -226,7 +235,9 @@ class _Getter:
         return cut_window(load_square(path, self.load, **kind), r.get('window', (0, 0, 1)), side)
 class ImageGetter(_Getter):
     "The image of an episode, turned as it says."
-    def __call__(self, r): return TensorImage(dihedral(self.see(r['image'], r), r['k']))
+    def __call__(self, r):
+        x = dihedral(self.see(r['image'], r), r['k'])
+        return TensorImage((random_stain(x[None]/255, 1.)[0]*255).round().to(torch.uint8) if r.get('stain') else x)
 class MasksGetter(_Getter):
     "The masks of an episode; an absent target is all zero."
     def __call__(self, r): return TensorMasks(dihedral(torch.cat([self.see(m, r, mask=True) for m in r['masks']]), r['k']))

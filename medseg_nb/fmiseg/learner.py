@@ -153,8 +153,9 @@ class Stage(NamedTuple):
     per_epoch: int = 1600  # Episodes of an epoch
     weights: dict = {}     # Shares of packs that differ in this stage
     load: int|None = None  # Side of the square that windows of `size` are cut from; None: images are seen whole
-    near: dict = {}        # Smallest windows of packs that do not go to `size` / `load`
+    near: dict = {}        # Smallest windows of packs that do not go to `size` / `load`, or pairs of smallest and largest
     colour: float = 0.     # Share of images in other colours, and as many in grey
+    stain: dict = {}       # Share of images that are stained anew, by pack
 
 def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, distill, init, resume, progress, device):
     epochs, weights, bs = max(1, round(s.episodes/s.per_epoch)), {**weights, **s.weights} if weights else None, s.bs or bs
@@ -162,7 +163,7 @@ def _stage(k, s, df, net, encoder, out, bs, seed, weights, train_text, distill, 
     if s.load and s.load < s.size: raise ValueError(f"stage {k+1} cuts windows of {s.size} pixels from squares of {s.load}")
     if n < bs: raise ValueError(f"stage {k+1} has {n} episodes an epoch, fewer than one batch of {bs}")
     with seeded(seed + k):
-        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, near={'': near, **s.near}, seed=seed + k)
+        episodes = make_episodes(df, n, weights=weights, negatives=.45, words=.6, near={'': near, **s.near}, stain=s.stain, seed=seed + k)
         tag = hashlib.sha256(repr((episodes.to_json(), s, seed, bs, train_text, distill, init, net.args)).encode()).hexdigest()
         dls = prompt_dls(episodes, encoder, size=s.size, bs=bs, max_tokens=net.max_tokens, load=s.load, colour=s.colour, device=device)
         cbs = [*([TellEpochs(progress, f'stage {k+1}, ')] if first_process() else []), *([ResumeCallback(out/f'stage{k+1}.resume', tag=tag)] if resume and num_distrib() < 2 else [])]
