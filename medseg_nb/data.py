@@ -119,6 +119,7 @@ def make_episodes(df:pd.DataFrame, # Index with a column `split`
     return pd.DataFrame(rows)
 
 def _add_stain(rows, pack, stain, rng):
+    if bad := [s for s in stain.values() if not 0 <= s <= 1]: raise ValueError(f"stain is a share of a pack's episodes, 0 to 1, got {bad[0]}")
     for r in rows: r['stain'] = not r['valid'] and rng.random() < stain.get(pack[r['image']], 0)
 
 def _add_teachers(rows, of):
