@@ -40,11 +40,11 @@ def _noise(x, *n): return F.interpolate(torch.randn(len(x), 1, n[0], n[-1], devi
 
 def _darkness(x):
     "How dark a pixel is, 0 to 1 within each image (B, 1, H, W), and where there is an image on a light ground."
-    inside = x.mean(1, keepdim=True) >= .02
+    inside = x.mean(1, keepdim=True) >= .02 # Not the black beside a letterboxed image
     density = -x.clamp(1/255, 1).log().mean(1, keepdim=True)
     some = density.masked_fill(~inside, torch.nan)[..., ::2, ::2].flatten(1)
     low, ground, high = some.nanquantile(torch.tensor([.02, .1, .97], device=x.device), 1).nan_to_num(9).view(3, -1, 1, 1, 1)
-    return ((density-low)/(high-low).clamp(min=.05)).clamp(0, 1), inside & (ground < .6)
+    return ((density-low)/(high-low).clamp(min=.05)).clamp(0, 1), inside & (ground < .6) # A tenth of it is brighter than exp(-.6), about half
 
 def random_stain(x:Tensor, # Images (B, 3, H, W) in [0, 1]
                  p:float # Share that is stained anew; images on a dark ground never are
